@@ -1,0 +1,4 @@
+"""The AdaDPIGU algorithm: differentially private training with importance masks and adaptive clipping.
+
+Nothing in this package knows about Flower, reads a clock, or touches a global random generator.
+"""

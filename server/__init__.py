@@ -1,0 +1,1 @@
+"""The Flower server: it aggregates released updates and never sees anything else."""
