@@ -1,0 +1,238 @@
+"""Adaptive clipping: running statistics of released gradients, and the standardisation they give.
+
+A gradient g is standardised as u = m (g - a) / b before it is clipped (AdaCliP, Pichapati et al. 2019; arXiv 2507.06525,
+section IV). The mean a and the scale b are running statistics of gradients that were released before, so they cost no
+privacy. Three rules:
+
+* ``none``: a = 0, b = 1, plain clipping;
+* ``energy``: b^2 follows E[ghat^2] minus the known noise variance, pooled over a layer, a row or a coordinate. The noise
+  is not taken off (ghat - a)^2, because the noise in a would be counted as signal. The scale has a floor, and its mean
+  square over the retained coordinates is 1, so that the clipping norm means what it means without standardisation;
+* ``paper``: the published rule: variance of ghat around its running mean, per coordinate, from 1, noise included.
+
+The clipped sum has sensitivity C whatever a and b are, so a bad statistic can cost accuracy but never privacy.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.parameters import ParameterLayout
+
+RULES = ("none", "energy", "paper")
+GRANULARITIES = ("layer", "row", "coordinate")
+
+_PAPER_VARIANCE_DECAY = 0.999
+_PAPER_VARIANCE_RANGE = (1e-6, 1e6)
+
+
+@dataclass(frozen=True)
+class AdaptiveClipping:
+    """How statistics are kept.
+
+    Args:
+        rule: ``none``, ``energy`` or ``paper``.
+        granularity: What shares one scale: ``layer`` (a parameter tensor), ``row`` (its first dimension) or
+            ``coordinate``. Finer statistics are noisier. The paper's rule is always per coordinate.
+        decay: Weight of the past in running means, in [0, 1).
+        floor: Smallest scale as a share of the mean scale, in (0, 1].
+        shrinkage: Weight of the layer's estimate in a row's or coordinate's, in [0, 1].
+        centre: Whether the running mean is subtracted. The paper's rule always does.
+    """
+
+    rule: str = "none"
+    granularity: str = "layer"
+    decay: float = 0.9
+    floor: float = 0.05
+    shrinkage: float = 0.0
+    centre: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ConfigurationError(f"adaptive-clipping.rule: unknown value {self.rule!r}; use one of {RULES}")
+        if self.granularity not in GRANULARITIES:
+            raise ConfigurationError(
+                f"adaptive-clipping.granularity: unknown value {self.granularity!r}; use one of {GRANULARITIES}"
+            )
+        if not 0 <= self.decay < 1:
+            raise ConfigurationError(f"adaptive-clipping.decay: must be in [0, 1), got {self.decay}")
+        if not 0 < self.floor <= 1:
+            raise ConfigurationError(f"adaptive-clipping.floor: must be in (0, 1], got {self.floor}")
+        if not 0 <= self.shrinkage <= 1:
+            raise ConfigurationError(f"adaptive-clipping.shrinkage: must be in [0, 1], got {self.shrinkage}")
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """The transform of one step; any finite values are safe, as long as the scale is positive.
+
+    Args:
+        mask: Retained coordinates m, bool [d].
+        mean: Gradient mean a, float32 [d].
+        scale: Gradient scale b > 0, float32 [d].
+    """
+
+    mask: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def identity(cls, num_parameters: int) -> "Standardisation":
+        """Everything retained, zero mean, unit scale: plain DP-SGD."""
+        return cls(
+            torch.ones(num_parameters, dtype=torch.bool),
+            torch.zeros(num_parameters),
+            torch.ones(num_parameters),
+        )
+
+
+class Statistics(Protocol):
+    """What private steps read before a step and learn after it."""
+
+    def standardisation(self, mask: Tensor) -> Standardisation:
+        """Give the transform for a mask, bool [d]."""
+        ...
+
+    def updated(self, released_gradient: Tensor, noise_stddev: Tensor, mask: Tensor) -> "Statistics":
+        """Learn from a released gradient [d] with noise of known standard deviation [d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedStatistics:
+    """Statistics that somebody else keeps: a mean and a scale, both [d]."""
+
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def neutral(cls, num_parameters: int) -> "FixedStatistics":
+        """Zero mean and unit scale."""
+        return cls(torch.zeros(num_parameters), torch.ones(num_parameters))
+
+    def standardisation(self, mask: Tensor) -> Standardisation:
+        """Give the transform for a mask, bool [d]."""
+        return Standardisation(mask, self.mean, self.scale)
+
+    def updated(self, released_gradient: Tensor, noise_stddev: Tensor, mask: Tensor) -> "FixedStatistics":
+        """Learn nothing."""
+        return self
+
+
+@dataclass(frozen=True)
+class RunningStatistics:
+    """Running statistics of released gradients.
+
+    Args:
+        settings: How they are kept.
+        layout: The parameters that they describe.
+        mean: Running mean of the released gradient, float32 [d]; 0 for coordinates never retained.
+        moment: Decayed sum of the squared signal of each group, float64 [G]; for the paper's rule, the variance [d].
+        weight: Decayed number of observations of each group, float64 [G]; 0 = never observed.
+    """
+
+    settings: AdaptiveClipping
+    layout: ParameterLayout
+    mean: Tensor
+    moment: Tensor
+    weight: Tensor
+
+    @classmethod
+    def neutral(cls, settings: AdaptiveClipping, layout: ParameterLayout) -> "RunningStatistics":
+        """Statistics before anything was released."""
+        groups = int(_groups(layout, _granularity(settings))[-1]) + 1
+        start = torch.ones if settings.rule == "paper" else torch.zeros
+        return cls(
+            settings,
+            layout,
+            torch.zeros(layout.num_parameters),
+            start(groups, dtype=torch.float64),
+            torch.zeros(groups, dtype=torch.float64),
+        )
+
+    def standardisation(self, mask: Tensor) -> Standardisation:
+        """Give the transform for a mask, bool [d]. A coordinate never observed takes its layer's scale."""
+        settings = self.settings
+        mean = self.mean if settings.centre or settings.rule == "paper" else torch.zeros_like(self.mean)
+        if settings.rule == "none":
+            return Standardisation(mask, torch.zeros_like(self.mean), torch.ones_like(self.mean))
+        if settings.rule == "paper":
+            return Standardisation(mask, mean, self.moment.clamp(*_PAPER_VARIANCE_RANGE).sqrt().float())
+        return Standardisation(mask, mean, _normalised(self._energy(mask), mask, settings.floor).float())
+
+    def updated(self, released_gradient: Tensor, noise_stddev: Tensor, mask: Tensor) -> "RunningStatistics":
+        """Learn from a released gradient.
+
+        Args:
+            released_gradient: Noisy mean gradient, [d].
+            noise_stddev: Standard deviation of its noise, [d] or one number, same unit.
+            mask: Coordinates that were released, bool [d]; the others are left as they are.
+        """
+        decay = self.settings.decay
+        mean = torch.where(mask, decay * self.mean + (1 - decay) * released_gradient, self.mean)
+        if self.settings.rule == "paper":
+            deviation = (released_gradient - mean).double().square()
+            kept = _PAPER_VARIANCE_DECAY * self.moment + (1 - _PAPER_VARIANCE_DECAY) * deviation
+            return replace(self, mean=mean, moment=torch.where(mask, kept, self.moment))
+        signal = released_gradient.double().square() - noise_stddev.double().square()
+        group = _groups(self.layout, self.settings.granularity)
+        observed, total = _pool(signal, mask, group, len(self.moment))
+        seen = observed > 0
+        moment = decay * self.moment + (1 - decay) * total / observed.clamp(min=1)
+        weight = decay * self.weight + (1 - decay)
+        return replace(
+            self,
+            mean=mean,
+            moment=torch.where(seen, moment, self.moment),
+            weight=torch.where(seen, weight, self.weight),
+        )
+
+    def _energy(self, mask: Tensor) -> Tensor:
+        """Estimated squared signal of each coordinate, float64 [d]; may be negative."""
+        group = _groups(self.layout, self.settings.granularity)
+        known = (self.weight > 0)[group]
+        estimate = torch.where(known, (self.moment / self.weight.clamp(min=1e-300))[group], 0.0)
+        usable = known & mask
+        if not usable.any():
+            return torch.zeros_like(estimate)
+        layer = _groups(self.layout, "layer")
+        observed, total = _pool(estimate, usable, layer, len(self.layout.names))
+        overall = estimate[usable].mean()
+        of_layer = torch.where(observed > 0, total / observed.clamp(min=1), overall)[layer]
+        shrunk = (1 - self.settings.shrinkage) * estimate + self.settings.shrinkage * of_layer
+        return torch.where(known, shrunk, of_layer)
+
+
+def _normalised(energy: Tensor, mask: Tensor, floor: float) -> Tensor:
+    """Scale with a floor and mean square 1 over the retained coordinates; 1 everywhere if no signal is seen."""
+    scale = energy.clamp(min=0).sqrt()
+    typical = scale[mask].mean()
+    if not typical > 0:
+        return torch.ones_like(scale)
+    scale = scale.clamp(min=float(floor * typical))
+    return scale / scale[mask].square().mean().sqrt()
+
+
+def _granularity(settings: AdaptiveClipping) -> str:
+    return "coordinate" if settings.rule == "paper" else settings.granularity
+
+
+@lru_cache(maxsize=16)
+def _groups(layout: ParameterLayout, granularity: str) -> Tensor:
+    """Index of the group of each coordinate, int64 [d], consecutive from 0."""
+    if granularity == "coordinate":
+        return torch.arange(layout.num_parameters)
+    rows = [shape[0] if granularity == "row" and len(shape) > 1 else 1 for shape in layout.shapes]
+    repeats = [size // row for size, row in zip(layout.sizes, rows, strict=True) for _ in range(row)]
+    return torch.repeat_interleave(torch.arange(len(repeats)), torch.tensor(repeats))
+
+
+def _pool(values: Tensor, mask: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Count and sum the masked values of each group, float64 [G] both."""
+    zeros = torch.zeros(num_groups, dtype=torch.float64)
+    observed = zeros.index_add(0, group[mask], torch.ones(int(mask.sum()), dtype=torch.float64))
+    return observed, zeros.index_add(0, group[mask], values[mask].double())

@@ -1,0 +1,5 @@
+"""Sums of clipped per-record gradients, behind one function."""
+
+from adadpigu_core.gradients.simple import ClippedSum, Loss, clipped_sum
+
+__all__ = ["ClippedSum", "Loss", "clipped_sum"]

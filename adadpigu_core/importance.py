@@ -1,0 +1,47 @@
+"""Importance of coordinates, from released gradients only.
+
+During pretraining every step releases a noisy mean gradient ghat. Two scores are accumulated from it:
+
+* ``magnitude``, the paper's: the mean of |ghat_j| (arXiv 2507.06525, section IV);
+* ``energy``: the mean of ghat_j^2 minus the variance of the noise, an unbiased estimate of the squared signal.
+
+Importance is a function of released values and costs no privacy. Clients' scores are added up with public weights, so
+that their independent noise averages out, and ranked once.
+"""
+
+import torch
+from torch import Tensor
+
+from adadpigu_core.exceptions import ConfigurationError
+
+MEASURES = ("magnitude", "energy")
+
+
+def importance_of(released_gradient: Tensor, noise_stddev: float, measure: str) -> Tensor:
+    """Score one released gradient.
+
+    Args:
+        released_gradient: Noisy mean gradient, [d].
+        noise_stddev: Standard deviation of the noise in it, same unit.
+        measure: ``magnitude`` or ``energy``.
+
+    Returns:
+        Scores [d]; an energy may be negative where noise dominates.
+
+    Raises:
+        ConfigurationError: For an unknown measure.
+    """
+    if measure == "magnitude":
+        return released_gradient.abs()
+    if measure == "energy":
+        return released_gradient.square() - noise_stddev**2
+    raise ConfigurationError(f"importance.measure: unknown value {measure!r}; use one of {', '.join(MEASURES)}")
+
+
+def rank(importance: Tensor) -> Tensor:
+    """Order the coordinates from most to least important; ties keep index order.
+
+    Returns:
+        Permutation of coordinate indices, int64 [d].
+    """
+    return torch.argsort(importance, descending=True, stable=True)

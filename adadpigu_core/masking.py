@@ -1,0 +1,81 @@
+"""Masks that grow: progressive unfreezing.
+
+A ranking and a retention ratio r(t) give the mask of a round: the first round(r d) coordinates of the ranking. Since the
+ratio never decreases, masks are nested, and a coordinate that has been released stays released.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adadpigu_core.exceptions import ConfigurationError, MessageError
+
+SCHEDULES = ("constant", "linear", "cosine", "step")
+NUM_STEPS = 5
+
+
+def retention_ratio(schedule: str, initial: float, final: float, progress: float) -> float:
+    """Share of coordinates that are retained.
+
+    Args:
+        schedule: ``constant`` (initial, always), ``linear``, ``cosine`` (slow at both ends) or ``step`` (equal jumps).
+        initial: Ratio at progress 0, in (0, 1].
+        final: Ratio at progress 1, at least ``initial``.
+        progress: Share of the unfreezing period that has passed; values above 1 count as 1.
+
+    Returns:
+        A ratio that does not decrease with progress.
+
+    Raises:
+        ConfigurationError: For an unknown schedule or a ratio that would shrink.
+    """
+    if not 0 < initial <= final <= 1:
+        raise ConfigurationError(f"retention: need 0 < initial-ratio <= final-ratio <= 1, got {initial} and {final}")
+    time = min(max(progress, 0.0), 1.0)
+    shapes = {
+        "constant": 0.0,
+        "linear": time,
+        "cosine": (1 - math.cos(math.pi * time)) / 2,
+        "step": math.floor(time * NUM_STEPS + 1e-9) / NUM_STEPS,
+    }
+    if schedule not in shapes:
+        raise ConfigurationError(f"retention.schedule: unknown value {schedule!r}; use one of {', '.join(SCHEDULES)}")
+    return initial + (final - initial) * shapes[schedule]
+
+
+def mask_of(ranking: Tensor, ratio: float) -> Tensor:
+    """Retain the first round(ratio d), but at least one, coordinates of a ranking.
+
+    Returns:
+        Mask, bool [d], True = retained.
+    """
+    mask = torch.zeros(ranking.numel(), dtype=torch.bool)
+    mask[ranking[: max(1, round(ratio * ranking.numel()))]] = True
+    return mask
+
+
+def pack(mask: Tensor) -> NDArray[np.uint8]:
+    """Pack a mask into bits, eight coordinates a byte."""
+    return np.packbits(mask.numpy())
+
+
+def unpack(bits: NDArray[np.uint8], num_parameters: int) -> Tensor:
+    """Unpack the bits of a mask.
+
+    Raises:
+        MessageError: If the bits do not hold exactly ``num_parameters`` coordinates, or retain none.
+    """
+    if bits.dtype != np.uint8 or bits.shape != (math.ceil(num_parameters / 8),):
+        text = (
+            f"mask: {bits.dtype} {bits.shape} does not hold {num_parameters} coordinates; "
+            f"expected uint8 ({math.ceil(num_parameters / 8)},)"
+        )
+        raise MessageError(text, text)
+    flags = np.unpackbits(bits)
+    if flags[num_parameters:].any() or not flags.any():
+        text = f"mask: must retain between 1 and {num_parameters} coordinates"
+        raise MessageError(text, text)
+    return torch.from_numpy(flags[:num_parameters].astype(bool))

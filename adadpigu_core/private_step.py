@@ -1,0 +1,131 @@
+"""One private step: the only place where anything that depends on records comes out.
+
+The formula, for records drawn by Poisson sampling with probability q, and B = q n:
+
+    u_i  = m (g_i - a) / b
+    S    = sum_i u_i min(1, C / ||u_i||)
+    ghat = m (a + b (S + N(0, (sigma C)^2)) / B)
+
+The event is charged before the noise is drawn, by a function that the caller hands in and that raises when it refuses;
+release, new statistics and event then come out of one call, so that no release can exist without its event.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adadpigu_core.accounting import Event
+from adadpigu_core.adaptive_clipping import Statistics
+from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.gradients import Loss, clipped_sum
+from adadpigu_core.noise import add_gaussian_noise
+from adadpigu_core.sampling import Randomness, poisson_sample
+
+Charge = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The public numbers of a private step.
+
+    Args:
+        phase: ``pretraining`` or ``training``.
+        clipping_norm: C, positive; infinite only without noise.
+        noise_multiplier: sigma, at least 0; 0 gives no privacy.
+        sampling_probability: q in (0, 1].
+        num_records: Declared number of records n, at least 1.
+    """
+
+    phase: str
+    clipping_norm: float
+    noise_multiplier: float
+    sampling_probability: float
+    num_records: int
+
+    def __post_init__(self) -> None:
+        if not self.clipping_norm > 0 or (math.isinf(self.clipping_norm) and self.noise_multiplier > 0):
+            raise ConfigurationError(f"clipping_norm: must be positive and finite, got {self.clipping_norm}")
+        if self.num_records < 1:
+            raise ConfigurationError(f"num_records: must be at least 1, got {self.num_records}")
+        _ = self.event  # the event checks the other numbers
+
+    @property
+    def event(self) -> Event:
+        """What one step costs."""
+        return Event(self.phase, self.noise_multiplier, self.sampling_probability)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """B = q n; the drawn number is private and never used."""
+        return self.sampling_probability * self.num_records
+
+    @property
+    def sum_noise_stddev(self) -> float:
+        """Standard deviation of the noise on the clipped sum."""
+        return self.noise_multiplier * self.clipping_norm if self.noise_multiplier > 0 else 0.0
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of the noise on the standardised mean gradient."""
+        return self.sum_noise_stddev / self.expected_batch_size
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a private step lets out.
+
+    Args:
+        gradient: Noisy mean gradient ghat, float32 [d], exactly zero where the mask is False.
+        noise_stddev: Known standard deviation of its noise, float32 [d].
+    """
+
+    gradient: Tensor
+    noise_stddev: Tensor
+
+
+def private_step(
+    model: nn.Module,
+    loss: Loss,
+    records: Records,
+    mechanism: Mechanism,
+    mask: Tensor,
+    statistics: Statistics,
+    randomness: Randomness,
+    charge: Charge,
+) -> tuple[Release, Statistics, Event]:
+    """Draw, clip, charge, noise and release once.
+
+    Privacy:
+        The release satisfies record-level add-or-remove-one privacy as the event states it, for any model, mask and
+        statistics that do not depend on these records other than through earlier releases. ``randomness`` must be
+        unknown to whoever sees the release.
+
+    Args:
+        model: Current weights; not changed.
+        loss: Loss of one record.
+        records: All records of the data set.
+        mechanism: Clipping, noise and sampling.
+        mask: Retained coordinates, bool [d].
+        statistics: Gradient mean and scale.
+        randomness: Source of the sample and the noise.
+        charge: Called with the event before any noise is drawn; raises to refuse.
+
+    Returns:
+        The release, the statistics that have learnt from it, and the event.
+    """
+    standardisation = statistics.standardisation(mask)
+    drawn = records.select(torch.from_numpy(poisson_sample(len(records), mechanism.sampling_probability, randomness)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.torch_seed())
+        total = clipped_sum(model, loss, drawn, standardisation, mechanism.clipping_norm).total
+    charge(mechanism.event)
+    noisy = add_gaussian_noise(total, mechanism.sum_noise_stddev, mask, randomness)
+    mean, scale = standardisation.mean.double(), standardisation.scale.double()
+    gradient = torch.where(mask, mean + scale * noisy / mechanism.expected_batch_size, 0.0).float()
+    noise_stddev = torch.where(mask, scale * mechanism.noise_stddev, 0.0).float()
+    release = Release(gradient, noise_stddev)
+    return release, statistics.updated(gradient, noise_stddev, mask), mechanism.event

@@ -1,0 +1,90 @@
+"""Randomness, and Poisson sampling.
+
+Accounting holds for Poisson sampling only: every record enters a step by a coin flip of its own, so the number of
+drawn records is itself random and private. There is no epoch and no shuffling here.
+
+Two sources of randomness stand behind one interface. ``SystemRandomness`` draws from the operating system's
+cryptographic generator and is what a deployed client uses: nobody can predict or replay its noise.
+``SeededRandomness`` makes simulations repeatable; whoever knows the seed can remove the noise, so it gives no privacy.
+"""
+
+import os
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+
+class Randomness(Protocol):
+    """Independent uniform and normal variates."""
+
+    def uniform(self, size: int) -> Vector:
+        """Draw ``size`` variates uniform on [0, 1)."""
+        ...
+
+    def normal(self, size: int) -> Vector:
+        """Draw ``size`` standard normal variates."""
+        ...
+
+    def torch_seed(self) -> int:
+        """Draw a seed for what torch itself has to randomise, such as dropout."""
+        ...
+
+
+class SystemRandomness:
+    """Randomness from the operating system, for real data."""
+
+    def uniform(self, size: int) -> Vector:
+        """Draw ``size`` variates uniform on [0, 1), with 53 random bits each."""
+        bits = np.frombuffer(os.urandom(8 * size), dtype=np.uint64) >> np.uint64(11)
+        return bits.astype(np.float64) * 2.0**-53
+
+    def normal(self, size: int) -> Vector:
+        """Draw ``size`` standard normal variates by the Box-Muller transform."""
+        half = (size + 1) // 2
+        radius = np.sqrt(-2.0 * np.log1p(-self.uniform(half)))
+        angle = 2.0 * np.pi * self.uniform(half)
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]
+
+    def torch_seed(self) -> int:
+        """Draw a 63-bit seed."""
+        return int.from_bytes(os.urandom(8), "little") >> 1
+
+
+class SeededRandomness:
+    """Repeatable randomness for simulations: no privacy against anyone who knows the key.
+
+    Args:
+        key: Integers that name the stream, such as seed, client, round. Different keys give independent streams.
+    """
+
+    def __init__(self, *key: int) -> None:
+        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+    def uniform(self, size: int) -> Vector:
+        """Draw ``size`` variates uniform on [0, 1)."""
+        return self._generator.random(size)
+
+    def normal(self, size: int) -> Vector:
+        """Draw ``size`` standard normal variates."""
+        return self._generator.standard_normal(size)
+
+    def torch_seed(self) -> int:
+        """Draw a 63-bit seed."""
+        return int(self._generator.integers(2**63))
+
+
+def poisson_sample(num_records: int, sampling_probability: float, randomness: Randomness) -> NDArray[np.int64]:
+    """Draw each record independently with the same probability.
+
+    Args:
+        num_records: How many records there are.
+        sampling_probability: In (0, 1].
+        randomness: Private source of the coin flips.
+
+    Returns:
+        Sorted indices of the drawn records, possibly none. Their number is private.
+    """
+    return np.flatnonzero(randomness.uniform(num_records) < sampling_probability)
