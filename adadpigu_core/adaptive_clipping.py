@@ -1,13 +1,13 @@
 """Adaptive clipping: running statistics of released gradients, and the standardisation they give.
 
-A gradient g is standardised as u = m (g - a) / b before it is clipped (AdaCliP, Pichapati et al. 2019; arXiv 2507.06525,
-section IV). The mean a and the scale b are running statistics of gradients that were released before, so they cost no
-privacy. Three rules:
+A gradient g is standardised as u = m (g - a) / b before it is clipped (AdaCliP, Pichapati et al. 2019; arXiv
+2507.06525, section IV). The mean a and the scale b are running statistics of gradients that were released before, so
+they cost no privacy. Three rules:
 
 * ``none``: a = 0, b = 1, plain clipping;
-* ``energy``: b^2 follows E[ghat^2] minus the known noise variance, pooled over a layer, a row or a coordinate. The noise
-  is not taken off (ghat - a)^2, because the noise in a would be counted as signal. The scale has a floor, and its mean
-  square over the retained coordinates is 1, so that the clipping norm means what it means without standardisation;
+* ``energy``: b^2 follows E[ghat^2] minus the known noise variance, pooled over a layer, a row or a coordinate. The
+  noise is not taken off (ghat - a)^2, because the noise in a would be counted as signal. The scale has a floor, and its
+  mean square over the retained coordinates is 1, so that the clipping norm means what it means without them;
 * ``paper``: the published rule: variance of ghat around its running mean, per coordinate, from 1, noise included.
 
 The clipped sum has sensitivity C whatever a and b are, so a bad statistic can cost accuracy but never privacy.
@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.exceptions import ConfigurationError, MessageError
 from adadpigu_core.parameters import ParameterLayout
 
 RULES = ("none", "energy", "paper")
@@ -144,14 +144,14 @@ class RunningStatistics:
     @classmethod
     def neutral(cls, settings: AdaptiveClipping, layout: ParameterLayout) -> "RunningStatistics":
         """Statistics before anything was released."""
-        groups = int(_groups(layout, _granularity(settings))[-1]) + 1
+        num_groups = int(groups(layout, _granularity(settings))[-1]) + 1
         start = torch.ones if settings.rule == "paper" else torch.zeros
         return cls(
             settings,
             layout,
             torch.zeros(layout.num_parameters),
-            start(groups, dtype=torch.float64),
-            torch.zeros(groups, dtype=torch.float64),
+            start(num_groups, dtype=torch.float64),
+            torch.zeros(num_groups, dtype=torch.float64),
         )
 
     def standardisation(self, mask: Tensor) -> Standardisation:
@@ -179,7 +179,7 @@ class RunningStatistics:
             kept = _PAPER_VARIANCE_DECAY * self.moment + (1 - _PAPER_VARIANCE_DECAY) * deviation
             return replace(self, mean=mean, moment=torch.where(mask, kept, self.moment))
         signal = released_gradient.double().square() - noise_stddev.double().square()
-        group = _groups(self.layout, self.settings.granularity)
+        group = groups(self.layout, self.settings.granularity)
         observed, total = _pool(signal, mask, group, len(self.moment))
         seen = observed > 0
         moment = decay * self.moment + (1 - decay) * total / observed.clamp(min=1)
@@ -193,13 +193,13 @@ class RunningStatistics:
 
     def _energy(self, mask: Tensor) -> Tensor:
         """Estimated squared signal of each coordinate, float64 [d]; may be negative."""
-        group = _groups(self.layout, self.settings.granularity)
+        group = groups(self.layout, self.settings.granularity)
         known = (self.weight > 0)[group]
         estimate = torch.where(known, (self.moment / self.weight.clamp(min=1e-300))[group], 0.0)
         usable = known & mask
         if not usable.any():
             return torch.zeros_like(estimate)
-        layer = _groups(self.layout, "layer")
+        layer = groups(self.layout, "layer")
         observed, total = _pool(estimate, usable, layer, len(self.layout.names))
         overall = estimate[usable].mean()
         of_layer = torch.where(observed > 0, total / observed.clamp(min=1), overall)[layer]
@@ -222,13 +222,38 @@ def _granularity(settings: AdaptiveClipping) -> str:
 
 
 @lru_cache(maxsize=16)
-def _groups(layout: ParameterLayout, granularity: str) -> Tensor:
-    """Index of the group of each coordinate, int64 [d], consecutive from 0."""
+def groups(layout: ParameterLayout, granularity: str) -> Tensor:
+    """Index of the group of each coordinate, int64 [d], consecutive from 0.
+
+    Args:
+        layout: The parameters.
+        granularity: ``layer``, ``row`` or ``coordinate``.
+    """
     if granularity == "coordinate":
         return torch.arange(layout.num_parameters)
     rows = [shape[0] if granularity == "row" and len(shape) > 1 else 1 for shape in layout.shapes]
     repeats = [size // row for size, row in zip(layout.sizes, rows, strict=True) for _ in range(row)]
     return torch.repeat_interleave(torch.arange(len(repeats)), torch.tensor(repeats))
+
+
+def expand(group_values: Tensor, layout: ParameterLayout, granularity: str) -> Tensor:
+    """Give every coordinate its group's value: [G] to [d].
+
+    Raises:
+        MessageError: If there is not exactly one value a group.
+    """
+    index = groups(layout, granularity)
+    if group_values.shape != (int(index[-1]) + 1,):
+        text = f"gradient-scale: expected {int(index[-1]) + 1} values, one a {granularity}, got {len(group_values)}"
+        raise MessageError(text, text)
+    return group_values[index]
+
+
+def shrink(values: Tensor, layout: ParameterLayout, granularity: str) -> Tensor:
+    """Take one value of each group: [d] to [G], the inverse of ``expand``."""
+    index = groups(layout, granularity)
+    first = torch.cat([torch.tensor([True]), index[1:] != index[:-1]])
+    return values[first]
 
 
 def _pool(values: Tensor, mask: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """Records in memory, and where they come from.
 
 A data set is two tensors per split: features and labels. How raw values become features depends on their
-type and shape alone, never on the values: to scale by a data set's own mean would be a release that no ledger
-sees.
+type and shape alone, never on the values: scaling by a data set's own mean would escape the ledger.
 
     digits                  scikit-learn's 8 x 8 digits, no download; a fixed split into 1,437 and 360 records
     mnist, fashion-mnist    by torchvision, scaled to [0, 1]
@@ -14,7 +13,8 @@ Left out: augmentation, and data sets that do not fit into memory.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from adadpigu_core.exceptions import ConfigurationError, DataError
 
 NPZ_PREFIX = "npz:"
 DATA_DIR_VARIABLE = "ADADPIGU_DATA_DIR"
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar-10": "CIFAR10"}
+NAMES = ("digits", *_TORCHVISION)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +52,7 @@ class Records:
         if x.dtype != torch.float32 or y.dtype != torch.int64:
             raise DataError(f"features and labels must be float32 and int64, not {x.dtype} and {y.dtype}")
         if x.ndim < 2 or y.ndim != 1 or len(x) != len(y):
-            raise DataError(
-                f"features must be [n, ...] and labels [n] with the same n, not {list(x.shape)} and {list(y.shape)}"
-            )
+            raise DataError(f"features and labels must be [n, ...] and [n], not {[*x.shape]} and {[*y.shape]}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,7 +106,7 @@ def load(name: str, *, root: str | None = None) -> DataSet:
     """Load a data set by name.
 
     Args:
-        name: One of ``names()``, or ``npz:PATH`` with the keys x_train, y_train, x_test, y_test and, where the
+        name: One of ``NAMES``, or ``npz:PATH`` with the keys x_train, y_train, x_test, y_test and, where the
             labels do not show all classes, num_classes. A relative path starts at the current directory.
         root: Folder for torchvision's files; else the one in ADADPIGU_DATA_DIR, else ``~/.cache/adadpigu``.
 
@@ -115,10 +115,15 @@ def load(name: str, *, root: str | None = None) -> DataSet:
         DataError: The files are missing, damaged or do not hold a task.
     """
     if name.startswith(NPZ_PREFIX):
-        return _npz_data_set(_npz_path(name))
-    if name not in _LOADERS:
-        raise ConfigurationError(f"unknown data set {name!r}: choose {', '.join(names())} or {NPZ_PREFIX}PATH")
-    return _LOADERS[name](root)
+        path = _npz_path(name)
+        with _naming(path):
+            return _npz_data_set(path)
+    if name not in NAMES:
+        raise ConfigurationError(f"unknown data set {name!r}: choose {', '.join(NAMES)} or {NPZ_PREFIX}PATH")
+    if name == "digits":
+        return _digits()
+    folder = root or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/adadpigu"
+    return _torchvision(name, Path(folder).expanduser())
 
 
 def load_records(source: str, *, root: str | None = None) -> Records:
@@ -129,7 +134,7 @@ def load_records(source: str, *, root: str | None = None) -> Records:
         root: As in `load`.
 
     Returns:
-        The records as they are in the file. Whether they fit the task is for `check_records` to say.
+        Records as they are. Whether they fit the task is for `check_records` to say.
 
     Raises:
         ConfigurationError: The name is unknown.
@@ -137,15 +142,9 @@ def load_records(source: str, *, root: str | None = None) -> Records:
     """
     if not source.startswith(NPZ_PREFIX):
         return load(source, root=root).train
-    keys = ("x_train", "y_train")
     path = _npz_path(source)
-    arrays = _read_npz(path, keys, ("x", "y"))
-    return _npz_records(path, arrays, *arrays)
-
-
-def names() -> tuple[str, ...]:
-    """Names of the built-in data sets."""
-    return tuple(_LOADERS)
+    with _naming(path):
+        return _npz_records(_read_npz(path, ("x_train", "y_train"), ("x", "y")))
 
 
 def check_records(records: Records, *, input_shape: Sequence[int], num_classes: int) -> None:
@@ -161,28 +160,18 @@ def check_records(records: Records, *, input_shape: Sequence[int], num_classes: 
         raise DataError("the data set holds no records")
     shape, wanted = list(records.features.shape[1:]), list(input_shape)
     if shape != wanted:
-        # The shape is the same for all records, and the text repeats only what the server sent.
-        raise DataError(
-            f"features of one record have shape {shape}, the task wants {wanted}",
-            public_message=f"the records of this client do not have the shape {wanted}",
-        )
+        public = f"the records of this client do not have the shape {wanted}"  # repeats what the server sent
+        raise DataError(f"records have shape {shape}, the task wants {wanted}", public)
     bad_labels = torch.nonzero((records.labels < 0) | (records.labels >= num_classes))
     if len(bad_labels):
-        index = int(bad_labels[0])
-        raise DataError(
-            f"the label of record {index} is {int(records.labels[index])}, outside 0 ... {num_classes - 1} "
-            f"({len(bad_labels)} such records); labels count from 0"
-        )
+        index, value = int(bad_labels[0]), int(records.labels[bad_labels[0]])
+        raise DataError(f"the label of record {index} is {value}; labels must be 0 ... {num_classes - 1}")
     bad_features = torch.nonzero(~torch.isfinite(records.features).flatten(1).all(dim=1))
     if len(bad_features):
-        raise DataError(
-            f"record {int(bad_features[0])} has a feature that is not a finite float32 number "
-            f"({len(bad_features)} such records)"
-        )
+        raise DataError(f"record {int(bad_features[0])} has a feature that is not a finite float32 number")
 
 
-def _digits(root: str | None) -> DataSet:
-    del root  # The digits come with scikit-learn.
+def _digits() -> DataSet:
     from sklearn.datasets import load_digits  # noqa: PLC0415 - takes two seconds
     from sklearn.model_selection import train_test_split  # noqa: PLC0415
 
@@ -193,129 +182,111 @@ def _digits(root: str | None) -> DataSet:
     return DataSet(Records(x_train, y_train), Records(x_test, y_test), num_classes=10)
 
 
-def _from_torchvision(class_name: str, convert: Callable[[Any], Tensor]) -> Callable[[str | None], DataSet]:
-    """Make a loader for a data set of torchvision."""
-
-    def load_splits(root: str | None) -> DataSet:
-        train, test = (
-            Records(convert(split.data), torch.as_tensor(split.targets, dtype=torch.int64))
-            for split in _torchvision_splits(class_name, root)
-        )
-        return DataSet(train, test, num_classes=10)
-
-    return load_splits
+def _torchvision(name: str, folder: Path) -> DataSet:
+    splits = []
+    for split in _torchvision_splits(_TORCHVISION[name], folder):
+        features = torch.from_numpy(_features(np.asarray(split.data)))
+        if name == "cifar-10":
+            features.sub_(0.5).div_(0.25)
+        splits.append(Records(features, torch.as_tensor(split.targets, dtype=torch.int64)))
+    return DataSet(train=splits[0], test=splits[1], num_classes=10)
 
 
-def _torchvision_splits(class_name: str, root: str | None) -> list[Any]:
+def _torchvision_splits(class_name: str, folder: Path) -> list[Any]:
     """Read the training and the test split; download them only if they are not there."""
     from torchvision import datasets  # noqa: PLC0415 - takes more than a second
 
-    folder = Path(root or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/adadpigu").expanduser()
-
-    def read(download: bool) -> list[Any]:
+    def read(*, download: bool) -> list[Any]:
         make = getattr(datasets, class_name)
         return [make(str(folder), train=train, download=download) for train in (True, False)]
 
+    with suppress(Exception):  # torchvision passes on whatever its parsers raise
+        return read(download=False)  # The folder may be read-only: a download would fail even if all is there.
     try:
-        return read(download=False)  # first, because the folder may be read-only
-    except Exception as missing:  # torchvision passes on whatever its parsers raise
-        try:
-            return read(download=True)
-        except Exception as error:
-            raise DataError(
-                f"{class_name} could neither be read from {folder} ({missing}) nor downloaded ({error}). Put "
-                f"its files there, or set {DATA_DIR_VARIABLE} to a folder that has them as torchvision lays them out"
-            ) from error
-
-
-def _grey(pixels: Tensor) -> Tensor:
-    return pixels.unsqueeze(1).to(torch.float32).div_(255.0)
-
-
-def _colour(pixels: NDArray[np.uint8]) -> Tensor:
-    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
-    return scaled.sub_(0.5).div_(0.25).contiguous()
-
-
-_LOADERS: dict[str, Callable[[str | None], DataSet]] = {
-    "digits": _digits,
-    "mnist": _from_torchvision("MNIST", _grey),
-    "fashion-mnist": _from_torchvision("FashionMNIST", _grey),
-    "cifar-10": _from_torchvision("CIFAR10", _colour),
-}
+        return read(download=True)
+    except Exception as error:
+        raise DataError(
+            f"{class_name} is not in {folder}, or damaged there, and cannot be downloaded ({error}). Put its "
+            f"files there, or name a folder that has them in {DATA_DIR_VARIABLE}"
+        ) from error
 
 
 def _npz_path(source: str) -> Path:
     name = source.removeprefix(NPZ_PREFIX)
     if not name:
         raise ConfigurationError(f"{NPZ_PREFIX} needs a path, as in {NPZ_PREFIX}records.npz")
-    return Path(name).expanduser().absolute()
+    return Path(os.path.expanduser(name)).absolute()
+
+
+@contextmanager
+def _naming(place: object) -> Iterator[None]:
+    """Put a place in front of what went wrong there."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
 
 
 def _npz_data_set(path: Path) -> DataSet:
     keys = ("x_train", "y_train", "x_test", "y_test")
     arrays = _read_npz(path, (*keys, "num_classes"), keys)
-    train, test = _npz_records(path, arrays, *keys[:2]), _npz_records(path, arrays, *keys[2:])
-    if "num_classes" in arrays:
-        classes = _whole_numbers(path, "num_classes", arrays["num_classes"]).ravel()
-    else:
-        classes = np.concatenate([train.labels, test.labels]).max(initial=-1, keepdims=True) + 1
-    if len(classes) != 1 or classes[0] < 2:
-        raise DataError(f"{path}: num_classes must be one number, at least 2, not {classes.tolist()}")
-    for name, split in (("train", train), ("test", test)):
-        try:
-            check_records(split, input_shape=train.features.shape[1:], num_classes=int(classes[0]))
-        except DataError as error:
-            raise DataError(f"{path}, {name} split: {error}") from error
-    return DataSet(train, test, int(classes[0]))
+    train, test = (_npz_records({key: arrays[key] for key in pair}) for pair in (keys[:2], keys[2:]))
+    shown = np.array(1 + max([*train.labels.tolist(), *test.labels.tolist()], default=0))
+    declared = _whole_numbers("num_classes", arrays.get("num_classes", shown)).ravel().tolist()
+    if len(declared) != 1 or declared[0] < 2:
+        raise DataError(f"num_classes must be one number, at least 2, not {declared}")
+    for key, split in (("x_train, y_train", train), ("x_test, y_test", test)):
+        with _naming(key):
+            check_records(split, input_shape=train.features.shape[1:], num_classes=declared[0])
+    return DataSet(train, test, declared[0])
 
 
 def _read_npz(path: Path, *choices: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """Read the first choice of keys that an archive has. It is not trusted: nothing in it is unpickled."""
-    key = "its directory"
+    arrays: dict[str, NDArray[Any]] = {}
+    key = "the file"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because numpy forgets to close a file that it cannot make sense of.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             present = list(archive.files)
-            chosen = next((keys for keys in choices if set(keys) <= set(present)), ())
-            arrays = {key: archive[key] for key in chosen}
+            for key in next((keys for keys in choices if set(keys) <= set(present)), ()):
+                arrays[key] = archive[key]
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}") from error
+        raise DataError("there is no such file") from error
     except Exception as error:  # zipfile and numpy raise a dozen types on damaged files
-        raise DataError(
-            f"{path}: {key} cannot be read ({error or type(error).__name__}). The file is damaged, or holds Python "
-            "objects or a single array; write it again with numpy.savez and numeric arrays"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{key} cannot be read ({reason}); write numeric arrays with numpy.savez") from error
     if not arrays:
         wanted = " or ".join(", ".join(keys) for keys in reversed(choices))
-        raise DataError(f"{path} holds {present}; write it with numpy.savez under the keys {wanted}")
+        raise DataError(f"the file holds {present}; write it with numpy.savez under the keys {wanted}")
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf":
-            raise DataError(f"{path}: {name} holds {array.dtype} values; store numbers")
+            raise DataError(f"{name} holds {array.dtype} values; store numbers")
     return arrays
 
 
-def _npz_records(path: Path, arrays: dict[str, NDArray[Any]], x_key: str, y_key: str) -> Records:
-    x, y = _features(arrays[x_key]), _whole_numbers(path, y_key, arrays[y_key])
-    try:
-        return Records(torch.from_numpy(x), torch.from_numpy(y))
-    except DataError as error:
-        raise DataError(f"{path}, {x_key} and {y_key}: {error}") from error
+def _npz_records(pair: dict[str, NDArray[Any]]) -> Records:
+    (x_key, x), (y_key, y) = pair.items()
+    features, labels = _features(x), _whole_numbers(y_key, y)
+    with _naming(f"{x_key}, {y_key}"):
+        return Records(torch.from_numpy(features), torch.from_numpy(labels))
 
 
-def _whole_numbers(path: Path, key: str, array: NDArray[Any]) -> NDArray[np.int64]:
+def _whole_numbers(key: str, array: NDArray[Any]) -> NDArray[np.int64]:
     if array.dtype.kind == "f":
+        exact = array.astype(np.float64)
         # Beyond 2^53 a float has no unit digit; NaN fails both comparisons.
-        odd = np.flatnonzero(~((np.abs(array) <= 2.0**53) & (array == np.floor(array))))
+        odd = np.flatnonzero(~((np.abs(exact) <= 2.0**53) & (exact == np.floor(exact))))
         if len(odd):
-            raise DataError(f"{path}: {key}[{odd[0]}] is {array.flat[odd[0]]}; store whole numbers")
+            raise DataError(f"{key}[{odd[0]}] is {array.flat[odd[0]]}; store whole numbers")
     return array.astype(np.int64)
 
 
 def _features(raw: NDArray[Any]) -> NDArray[np.float32]:
     """Turn an array into float32 features, by its type and shape alone.
 
-    uint8 is taken for pixels and divided by 255; other types keep their values. [n, H, W] becomes [n, 1, H, W].
-    [n, H, W, C] with C = 1 or 3 becomes [n, C, H, W], unless the second dimension is already 1 or 3.
+    uint8 is taken for pixels and divided by 255; other types keep their values. [n, H, W] becomes
+    [n, 1, H, W]. [n, H, W, C] with C = 1 or 3 becomes [n, C, H, W], unless the second dimension is 1 or 3 itself.
     """
     if raw.ndim == 3:
         raw = raw[:, None]

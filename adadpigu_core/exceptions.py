@@ -6,7 +6,8 @@
     ├── ModelError            a model cannot be trained with per-record privacy
     ├── MessageError          a message is malformed, of another version or out of order
     ├── LedgerError           the ledger cannot be trusted or written: stop
-    └── BudgetError           the privacy budget does not allow what was asked
+    ├── BudgetError           the privacy budget does not allow what was asked
+    └── FederationError       a run cannot go on
 
 Every error carries a ``code``, a short word from a fixed list. A client sends the code to the server and keeps
 the text in its own log, because a text may describe records. ``public_message`` is text that may travel: it is
@@ -63,3 +64,9 @@ class BudgetError(AdaDPIGUError):
     """The privacy budget does not allow what was asked."""
 
     code = "budget"
+
+
+class FederationError(AdaDPIGUError):
+    """A run cannot go on, for instance because no client takes part."""
+
+    code = "federation"

@@ -1,9 +1,10 @@
 """Masks that grow: progressive unfreezing.
 
-A ranking and a retention ratio r(t) give the mask of a round: the first round(r d) coordinates of the ranking. Since the
-ratio never decreases, masks are nested, and a coordinate that has been released stays released.
+A ranking and a retention ratio r(t) give the mask of a round: the first round(r d) coordinates of the ranking. Since
+the ratio never decreases, masks are nested, and a coordinate that has been released stays released.
 """
 
+import hashlib
 import math
 
 import numpy as np
@@ -60,6 +61,11 @@ def mask_of(ranking: Tensor, ratio: float) -> Tensor:
 def pack(mask: Tensor) -> NDArray[np.uint8]:
     """Pack a mask into bits, eight coordinates a byte."""
     return np.packbits(mask.numpy())
+
+
+def fingerprint(mask: Tensor) -> str:
+    """Short hash by which both sides refer to a mask."""
+    return hashlib.sha256(pack(mask).tobytes()).hexdigest()[:16]
 
 
 def unpack(bits: NDArray[np.uint8], num_parameters: int) -> Tensor:

@@ -120,7 +120,8 @@ def private_step(
     standardisation = statistics.standardisation(mask)
     drawn = records.select(torch.from_numpy(poisson_sample(len(records), mechanism.sampling_probability, randomness)))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(randomness.torch_seed())
+        # torch.manual_seed would reach the generators of every device, which are not restored
+        torch.default_generator.manual_seed(randomness.torch_seed())
         total = clipped_sum(model, loss, drawn, standardisation, mechanism.clipping_norm).total
     charge(mechanism.event)
     noisy = add_gaussian_noise(total, mechanism.sum_noise_stddev, mask, randomness)

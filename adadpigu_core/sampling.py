@@ -8,6 +8,8 @@ cryptographic generator and is what a deployed client uses: nobody can predict o
 ``SeededRandomness`` makes simulations repeatable; whoever knows the seed can remove the noise, so it gives no privacy.
 """
 
+import hashlib
+import operator
 import os
 from typing import Protocol
 
@@ -61,7 +63,10 @@ class SeededRandomness:
     """
 
     def __init__(self, *key: int) -> None:
-        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+        # hashed, because SeedSequence itself takes (1,) and (1, 0) for the same key, and (2**32,) and (0, 1)
+        name = ",".join(str(operator.index(part)) for part in key)
+        entropy = int.from_bytes(hashlib.sha256(name.encode()).digest(), "little")
+        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
     def uniform(self, size: int) -> Vector:
         """Draw ``size`` variates uniform on [0, 1)."""

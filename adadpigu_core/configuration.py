@@ -1,0 +1,319 @@
+"""Every setting of a run, in one place.
+
+Settings are written as nested TOML tables in kebab-case and travel through Flower as flat dotted keys; here they become
+frozen dataclasses, one per concern. ``parse`` reports everything that is wrong at once. Whatever bears on the guarantee
+is in ``PrivacySettings``; a client obeys it only as far as its own limits allow.
+"""
+
+import difflib
+import json
+import math
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from adadpigu_core.accounting import PlanShape
+from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
+from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.importance import MEASURES
+from adadpigu_core.masking import SCHEDULES
+
+Value = bool | int | float | str
+OWNERS = ("server", "client")
+RANKINGS = ("consensus", "local", "random")
+AGGREGATIONS = ("precision", "records", "uniform")
+PARTITIONS = ("iid", "dirichlet")
+OPTIMISERS = ("sgd", "adam")
+
+
+def _setting(
+    default: Value,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] = (),
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> Any:  # dataclasses.field is typed as returning the default
+    limits = {"choices": choices, "above": above, "least": least, "most": most, "below": below}
+    return field(default=default, metadata={"meaning": meaning, **limits})
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What is learnt."""
+
+    dataset: str = _setting("digits", "digits, mnist, fashion-mnist, cifar-10 or npz:PATH")
+    model: str = _setting("auto", "auto (by data set), digits-cnn, mnist-cnn, cifar-cnn, mlp or linear")
+    activation: str = _setting("relu", "activation of the networks", choices=("relu", "tanh"))
+    normalisation: str = _setting("group", "normalisation after each convolution", choices=("group", "none"))
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """Who takes part, how often, and how updates are put together."""
+
+    num_clients: int = _setting(10, "clients to simulate, or to wait for at the start", least=1)
+    num_rounds: int = _setting(100, "rounds in all, pretraining included", least=1)
+    local_steps: int = _setting(1, "private steps a client takes in a round", least=1)
+    partition: str = _setting("iid", "how simulated clients share the records", choices=PARTITIONS)
+    dirichlet_alpha: float = _setting(0.5, "skew of a dirichlet partition; smaller is more skewed", above=0)
+    partition_seed: int = _setting(0, "which partition; keep it over runs that share a ledger-dir", least=0)
+    aggregation: str = _setting("precision", "public weights of the updates", choices=AGGREGATIONS)
+    round_timeout: float = _setting(3600.0, "seconds to wait for the updates of a round", above=0)
+    start_timeout: float = _setting(
+        120.0, "seconds to wait for num-clients clients; later ones may still join", least=0
+    )
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """What bears on the guarantee: one record of a client, add-or-remove-one, everything composed."""
+
+    target_epsilon: float = _setting(8.0, "budget of each client over all it ever releases from its data", above=0)
+    target_delta: float = _setting(1e-5, "delta of that budget", above=0, below=1)
+    sampling_probability: float = _setting(0.3, "chance of a record to enter a step", above=0, most=1)
+    clipping_norm: float = _setting(1.0, "largest norm of a record's standardised gradient", above=0)
+    pretraining_share: float = _setting(0.1, "share of the budget for pretraining, in 1/noise^2", above=0, below=1)
+    ledger_dir: str = _setting("", "simulation only: lasting folder of ledgers; empty: inside the run folder")
+
+
+@dataclass(frozen=True)
+class PretrainingSettings:
+    """How coordinates are ranked."""
+
+    round_share: float = _setting(0.1, "share of the rounds spent on pretraining; 0 leaves it out", least=0, below=1)
+    measure: str = _setting("energy", "score of a coordinate", choices=MEASURES)
+    ranking: str = _setting("consensus", "whose importance ranks; random is a control", choices=RANKINGS)
+
+
+@dataclass(frozen=True)
+class RetentionSettings:
+    """Progressive unfreezing: which share of the coordinates is trained, when."""
+
+    schedule: str = _setting("linear", "how the share grows", choices=SCHEDULES)
+    initial_ratio: float = _setting(0.6, "share retained when training starts", above=0, most=1)
+    final_ratio: float = _setting(1.0, "share retained in the end (constant: without effect)", above=0, most=1)
+    period: float = _setting(0.5, "part of training over which the share grows", above=0, most=1)
+
+
+@dataclass(frozen=True)
+class AdaptiveClippingSettings:
+    """Standardisation of gradients by statistics of releases."""
+
+    rule: str = _setting("energy", "none, energy (noise-corrected) or paper", choices=RULES)
+    owner: str = _setting("server", "who keeps the statistics", choices=OWNERS)
+    granularity: str = _setting("layer", "what shares one scale", choices=GRANULARITIES)
+    decay: float = _setting(0.9, "weight of the past in running means", least=0, below=1)
+    floor: float = _setting(0.05, "smallest scale, as a share of the mean scale", above=0, most=1)
+    shrinkage: float = _setting(0.0, "weight of the layer in a row's or coordinate's scale", least=0, most=1)
+    centre: bool = _setting(False, "subtract the running mean")
+
+    @property
+    def clipping(self) -> AdaptiveClipping:
+        """The settings of the statistics themselves."""
+        return AdaptiveClipping(self.rule, self.granularity, self.decay, self.floor, self.shrinkage, self.centre)
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """How released gradients move the weights; all of it is post-processing."""
+
+    local_learning_rate: float = _setting(0.4, "rate of a client's private steps", above=0)
+    server_learning_rate: float = _setting(1.0, "rate at which the mean update is applied", above=0)
+    name: str = _setting("sgd", "server optimiser", choices=OPTIMISERS)
+    momentum: float = _setting(0.9, "server momentum (adam: first-moment decay)", least=0, below=1)
+    warmup_rounds: int = _setting(0, "rounds over which the server rate rises to its value", least=0)
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """How a run is carried out."""
+
+    workers: int = _setting(0, "worker processes of a simulation; 0: one a core", least=0)
+    evaluate_every: int = _setting(1, "rounds between evaluations on public test data", least=1)
+    output: str = _setting("", "run folder; empty: a new one under runs/")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All settings of a run."""
+
+    seed: int = _setting(0, "seed of the model, and of everything in a simulation", least=0)
+    task: TaskSettings = TaskSettings()
+    federation: FederationSettings = FederationSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    pretraining: PretrainingSettings = PretrainingSettings()
+    retention: RetentionSettings = RetentionSettings()
+    adaptive_clipping: AdaptiveClippingSettings = AdaptiveClippingSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    @property
+    def pretraining_rounds(self) -> int:
+        """Rounds of pretraining: at least one if any share is given, but always one is left to train."""
+        rounds = self.federation.num_rounds
+        share = self.pretraining.round_share
+        return min(max(1, round(share * rounds)), rounds - 1) if share > 0 else 0
+
+    @property
+    def plan_shape(self) -> PlanShape:
+        """Steps and sampling of the whole run on one client."""
+        steps = self.federation.local_steps
+        return PlanShape(
+            self.privacy.sampling_probability,
+            self.pretraining_rounds * steps,
+            (self.federation.num_rounds - self.pretraining_rounds) * steps,
+            self.privacy.pretraining_share,
+        )
+
+
+def run_folder(configuration: Configuration, flower_run: int) -> Path:
+    """Folder of a run: as configured, or one under ``$ADADPIGU_HOME`` (default ``~/.adadpigu``) by Flower's run id."""
+    if configuration.runtime.output:
+        return Path(configuration.runtime.output)
+    home = os.environ.get("ADADPIGU_HOME") or Path.home() / ".adadpigu"
+    return Path(home) / "runs" / f"flwr-{flower_run}"
+
+
+def settings() -> Iterator[tuple[str, Value, str]]:
+    """List every setting: dotted key, default, meaning."""
+    defaults = flatten(Configuration())
+    for key, entry in _entries():
+        yield key, defaults[key], entry.metadata["meaning"]
+
+
+def _entries() -> Iterator[tuple[str, "Field[Any]"]]:
+    for entry in fields(Configuration):
+        if entry.metadata:
+            yield entry.name, entry
+        else:
+            table = entry.name.replace("_", "-")
+            for inner in fields(entry.default):  # type: ignore[arg-type]  # the default is a dataclass
+                yield f"{table}.{inner.name.replace('_', '-')}", inner
+
+
+def parse(flat: Mapping[str, object]) -> Configuration:
+    """Check flat dotted settings and fill in the defaults.
+
+    Raises:
+        ConfigurationError: Naming every unknown key and every value of a wrong type or out of range.
+    """
+    known = dict(_entries())
+    problems = [_unknown(key, known) for key in flat if key not in known]
+    values: dict[str, dict[str, Value]] = {}
+    for key, entry in known.items():
+        try:
+            table = key.rpartition(".")[0]
+            values.setdefault(table.replace("-", "_"), {})[entry.name] = _checked(
+                key, flat.get(key, entry.default), entry
+            )
+        except ConfigurationError as error:
+            problems.append(str(error))
+    if not problems:
+        configuration = _build(values)
+        problems = list(_contradictions(configuration))
+    if problems:
+        listed = "\n".join(f"  * {problem}" for problem in problems)
+        raise ConfigurationError(f"{len(problems)} setting(s) cannot be used:\n{listed}")
+    return configuration
+
+
+def _build(values: dict[str, dict[str, Value]]) -> Configuration:
+    defaults = Configuration()
+    tables = {
+        entry.name: type(getattr(defaults, entry.name))(**values[entry.name])
+        for entry in fields(Configuration)
+        if not entry.metadata
+    }
+    return replace(defaults, **values[""], **tables)  # type: ignore[arg-type]  # types were checked key by key
+
+
+def _unknown(key: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else "'adadpigu settings' lists all keys"
+    return f"{key}: there is no such setting; {hint}"
+
+
+def _checked(key: str, value: object, entry: "Field[Any]") -> Value:
+    wanted = type(entry.default)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        raise ConfigurationError(f"{key}: expected {wanted.__name__}, got {value!r}")
+    limits = entry.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise ConfigurationError(f"{key}: {value!r} is none of {', '.join(limits['choices'])}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        inside = limits["above"] < value < limits["below"] and limits["least"] <= value <= limits["most"]
+        if not (math.isfinite(value) and inside):
+            raise ConfigurationError(f"{key}: {value} is out of range; it must be {_range(limits)}")
+    return value  # type: ignore[return-value]  # its type is that of the default
+
+
+def _range(limits: Mapping[str, Any]) -> str:
+    words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
+    bounds = [f"{text} {limits[name]:g}" for name, text in words.items() if math.isfinite(limits[name])]
+    return " and ".join(bounds) or "finite"
+
+
+def _contradictions(configuration: Configuration) -> Iterator[str]:
+    retention = configuration.retention
+    if retention.schedule != "constant" and retention.final_ratio < retention.initial_ratio:
+        yield "retention.final-ratio: must not be below retention.initial-ratio; coordinates are never frozen again"
+    pretraining = configuration.pretraining
+    if pretraining.round_share == 0 and retention.initial_ratio < 1 and pretraining.ranking != "random":
+        yield (
+            "pretraining.round-share: without pretraining there is no ranking to choose coordinates by; "
+            "set retention.initial-ratio = 1.0, or a share above 0"
+        )
+
+
+def flatten(configuration: Configuration) -> dict[str, Value]:
+    """Turn a configuration into flat dotted keys; ``parse`` gives it back."""
+    flat: dict[str, Value] = {}
+    for key, entry in _entries():
+        table, _, _name = key.rpartition(".")
+        holder = getattr(configuration, table.replace("-", "_")) if table else configuration
+        flat[key] = getattr(holder, entry.name)
+    return flat
+
+
+def read_toml(path: Path) -> dict[str, Value]:
+    """Read a TOML file of nested tables into flat dotted keys.
+
+    Raises:
+        ConfigurationError: If the file is missing or is not TOML.
+    """
+    try:
+        return dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: is not TOML ({error})") from error
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def to_toml(configuration: Configuration) -> str:
+    """Write a configuration as nested TOML tables."""
+    lines: list[str] = []
+    current = ""
+    for key, value in flatten(configuration).items():
+        table, _, name = key.rpartition(".")
+        if table != current:
+            lines += ["", f"[{table}]"]
+            current = table
+        # JSON's strings, numbers and booleans are TOML's
+        lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+    return "\n".join(lines).lstrip() + "\n"

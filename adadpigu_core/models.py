@@ -1,0 +1,277 @@
+"""The networks of the experiments, and what a model must be for per-record privacy.
+
+Clipping bounds the influence of a record only if the record enters the sum through its own gradient alone. A layer
+that mixes the records of a batch, such as batch normalisation, breaks that silently: the clipped norms look right and
+the guarantee is gone. ``check_private`` knows such layers by name, ``check_isolation`` finds the others by experiment.
+
+A network is a function of ``ModelSpec`` and a seed, so that server and clients build the same one without sending
+code. Convolutional networks fit one image size; ``mlp`` and ``linear`` take any shape. Left out: pretrained weights,
+and mixing that is weaker than float32 rounding.
+"""
+
+import copy
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from adadpigu_core.exceptions import ConfigurationError, ModelError
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+NORMALISATIONS = ("none", "group")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Convolution, normalisation, activation, and pooling by windows of 2 if there is a pool stride."""
+
+    channels: int
+    kernel: int
+    stride: int
+    padding: int
+    groups: int
+    pool_stride: int | None
+
+
+@dataclass(frozen=True)
+class _Convolutional:
+    """Blocks for images of one size, then an optional hidden layer."""
+
+    image: tuple[int, int]
+    features: int
+    hidden: int | None
+    blocks: tuple[_Block, ...]
+
+
+_CONVOLUTIONAL = {
+    # The networks of the literature on private learning (Tramer and Boneh 2021).
+    "mnist-cnn": _Convolutional((28, 28), 512, 32, (_Block(16, 8, 2, 2, 4, 1), _Block(32, 4, 2, 0, 8, 1))),
+    "cifar-cnn": _Convolutional(
+        (32, 32),
+        2048,
+        128,
+        tuple(_Block(width, 3, 1, 1, 8, pool) for width in (32, 64, 128) for pool in (None, 2)),
+    ),
+    "digits-cnn": _Convolutional((8, 8), 128, None, (_Block(16, 3, 1, 1, 4, 2), _Block(32, 3, 1, 1, 8, 2))),
+}
+_MLP_HIDDEN = 128
+NAMES = (*_CONVOLUTIONAL, "mlp", "linear")
+_DEFAULTS = {
+    "digits": "digits-cnn",
+    "mnist": "mnist-cnn",
+    "fashion-mnist": "mnist-cnn",
+    "cifar-10": "cifar-cnn",
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a network is built from. Public.
+
+    Args:
+        name: One of ``NAMES``.
+        activation: "relu" or "tanh"; "linear" has none.
+        normalisation: "none", or "group": group normalisation without parameters after each convolution.
+        input_shape: Shape of one record; [channels, height, width] for the convolutional networks.
+        num_classes: Number of outputs, at least 2.
+
+    Raises:
+        ConfigurationError: A value is unknown or out of range, or the network does not take this shape.
+    """
+
+    name: str
+    activation: str
+    normalisation: str
+    input_shape: tuple[int, ...]
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        for key, value, choices in (
+            ("model", self.name, NAMES),
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("normalisation", self.normalisation, NORMALISATIONS),
+        ):
+            if value not in choices:
+                raise ConfigurationError(f"unknown {key} {value!r}: choose {', '.join(choices)}")
+        if self.num_classes < 2:
+            raise ConfigurationError(f"num_classes is {self.num_classes}; a classifier needs 2 at least")
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        if not self.input_shape or any(size < 1 for size in self.input_shape):
+            raise ConfigurationError(f"input_shape {self.input_shape} is not a shape")
+        plan = _CONVOLUTIONAL.get(self.name)
+        if plan is None:
+            if self.normalisation != "none":
+                raise ConfigurationError(f"{self.name} has no convolution: set normalisation to 'none'")
+        elif len(self.input_shape) != 3 or self.input_shape[1:] != plan.image:
+            raise ConfigurationError(
+                f"{self.name} takes images of shape (channels, {plan.image[0]}, {plan.image[1]}), not "
+                f"{self.input_shape}: {_that_fit(self.input_shape)} fit"
+            )
+
+
+def _that_fit(input_shape: tuple[int, ...]) -> str:
+    images = (name for name, plan in _CONVOLUTIONAL.items() if input_shape[1:] == plan.image)
+    return ", ".join((*images, "mlp", "linear"))
+
+
+def default_model(dataset_name: str) -> str:
+    """Name the network that ``auto`` stands for.
+
+    Raises:
+        ConfigurationError: There is no data set of that name.
+
+    >>> default_model("mnist"), default_model("npz:mine.npz")
+    ('mnist-cnn', 'mlp')
+    """
+    if dataset_name.startswith("npz:"):
+        return "mlp"
+    if dataset_name not in _DEFAULTS:
+        known = ", ".join(_DEFAULTS)
+        raise ConfigurationError(f"no default model for data set {dataset_name!r}: known are {known}, npz:PATH")
+    return _DEFAULTS[dataset_name]
+
+
+def build(spec: ModelSpec, *, seed: int) -> nn.Module:
+    """Build a network with torch's default initialisation.
+
+    The same spec and seed give the same weights. The global random generator is left as it was, but it is borrowed
+    meanwhile: do not build in two threads at once.
+
+    Args:
+        spec: Which network.
+        seed: Seed of the initial weights. Public.
+
+    Returns:
+        A network that maps features [n, *input_shape] to logits [n, num_classes].
+    """
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would also reset the generators of the accelerators, which are not restored.
+        torch.default_generator.manual_seed(seed)
+        plan = _CONVOLUTIONAL.get(spec.name)
+        return _convolutional(plan, spec) if plan else _fully_connected(spec)
+
+
+def _convolutional(plan: _Convolutional, spec: ModelSpec) -> nn.Module:
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = spec.input_shape[0]
+    for number, block in enumerate(plan.blocks, start=1):
+        layers[f"convolution{number}"] = nn.Conv2d(channels, block.channels, block.kernel, block.stride, block.padding)
+        channels = block.channels
+        if spec.normalisation == "group":
+            layers[f"normalisation{number}"] = nn.GroupNorm(block.groups, channels, affine=False)
+        layers[f"activation{number}"] = ACTIVATIONS[spec.activation]()
+        if block.pool_stride is not None:
+            layers[f"pool{number}"] = nn.MaxPool2d(2, block.pool_stride)
+    layers["flatten"] = nn.Flatten()
+    return _with_head(layers, plan.features, plan.hidden, spec)
+
+
+def _fully_connected(spec: ModelSpec) -> nn.Module:
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    return _with_head(layers, math.prod(spec.input_shape), _MLP_HIDDEN if spec.name == "mlp" else None, spec)
+
+
+def _with_head(layers: "OrderedDict[str, nn.Module]", features: int, hidden: int | None, spec: ModelSpec) -> nn.Module:
+    if hidden is not None:
+        layers["hidden"] = nn.Linear(features, hidden)
+        layers["activation"] = ACTIVATIONS[spec.activation]()
+        features = hidden
+    layers["output"] = nn.Linear(features, spec.num_classes)
+    return nn.Sequential(layers)
+
+
+def check_private(model: nn.Module) -> None:
+    """Check what can be seen without running a model.
+
+    Privacy: needed, not sufficient: see `check_isolation` for layers that mix records under another name.
+
+    Raises:
+        ModelError: A layer mixes records, no parameter is trainable, or a parameter is not float32. The text is
+            public, as the model is.
+    """
+    for path, module in model.named_modules():
+        fault = _mixing_fault(module)
+        if fault:
+            _refuse(f"layer {path or '(the model itself)'} is a {type(module).__name__}: {fault}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        _refuse(f"{type(model).__name__} has no trainable parameter: set requires_grad on what is to be trained")
+    for path, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            _refuse(f"parameter {path} is {parameter.dtype}: convert the model with model.float()")
+
+
+def _mixing_fault(module: nn.Module) -> str | None:
+    if isinstance(module, _BatchNorm):
+        groups = math.gcd(module.num_features, 8)
+        return (
+            "its statistics mix the records of a batch; "
+            f"replace it with nn.GroupNorm({groups}, {module.num_features or 'channels'})"
+        )
+    if isinstance(module, _InstanceNorm) and module.track_running_stats:
+        return "its running statistics are computed from records without noise; set track_running_stats=False"
+    return None
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ModelError(message, public_message=message)
+
+
+def check_isolation(model: nn.Module, features: Tensor) -> None:
+    """Check by experiment that the output for a record does not depend on the other records.
+
+    Two experiments on a copy of the model. In training mode every other record is replaced, with the same random
+    draws for dropout; in evaluation mode every record is also sent alone, because the number of records is private
+    too.
+
+    Args:
+        model: Any model whose first output dimension counts the records.
+        features: [n, *input_shape] with n of 2 to 8 or so, one forward pass for each. Made-up values are enough.
+
+    Raises:
+        ModelError: The model does not run, or some output depends on other records.
+        ValueError: Fewer than two records, which show nothing.
+    """
+    if len(features) < 2:
+        raise ValueError(f"features has {len(features)} records; two at least are needed")
+    copied = copy.deepcopy(model).cpu()
+    features = features.cpu()
+    copied.train()
+    together = _seeded_forward(copied, features)
+    for index in range(len(features)):
+        alike = features[index : index + 1].expand_as(features).contiguous()
+        _compare(together[index], _seeded_forward(copied, alike)[index], model, index, "are replaced")
+    copied.eval()
+    together = _seeded_forward(copied, features)
+    for index in range(len(features)):
+        alone = _seeded_forward(copied, features[index : index + 1])[0]
+        _compare(together[index], alone, model, index, "are left out")
+
+
+def _seeded_forward(model: nn.Module, features: Tensor) -> Tensor:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        try:
+            output = model(features)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ModelError(f"{type(model).__name__} cannot take features {[*features.shape]}: {error}") from error
+    if not isinstance(output, Tensor) or output.shape[:1] != features.shape[:1]:
+        _refuse(f"{type(model).__name__} does not give one output per record")
+    return output
+
+
+def _compare(expected: Tensor, found: Tensor, model: nn.Module, index: int, change: str) -> None:
+    """Compare up to float32 rounding, which depends on the batch size, relative to the largest output."""
+    tolerance = 1e-4 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) + 1e-6
+    if not torch.allclose(expected, found, rtol=0.0, atol=tolerance, equal_nan=True):
+        name = type(model).__name__
+        raise ModelError(
+            f"the output of {name} for record {index} changes when the other records {change}: it mixes records",
+            public_message=f"{name} mixes the records of a batch",
+        )

@@ -1,0 +1,293 @@
+"""What a client does with a message: check, charge, train, store, answer.
+
+The order is the guarantee. Everything that can be wrong with a request is found before the ledger is charged; the
+charge is durable before noise is drawn; the release is durable before it is sent. Whatever the server asks, the noise,
+the sampling probability and the budget are the client's own.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adadpigu_core import archive, masking
+from adadpigu_core.accounting import PRETRAINING, Event, PlanShape, calibrate
+from adadpigu_core.adaptive_clipping import FixedStatistics, RunningStatistics, Statistics, expand
+from adadpigu_core.datasets import check_records
+from adadpigu_core.exceptions import AdaDPIGUError, MessageError
+from adadpigu_core.ledger import Ledger, Round, Target
+from adadpigu_core.local_training import LocalUpdate, train_round
+from adadpigu_core.messages import (
+    AnyMessage,
+    DescribeRequest,
+    Description,
+    Refusal,
+    TrainReply,
+    TrainRequest,
+    Wire,
+    decode,
+    encode,
+    require,
+)
+from adadpigu_core.models import ModelSpec, build, check_isolation, check_private
+from adadpigu_core.parameters import ParameterLayout, assign
+from adadpigu_core.private_step import Charge, Mechanism
+from adadpigu_core.provenance import code_fingerprint
+from client.site import Site
+
+log = logging.getLogger("adadpigu.client")
+
+
+def answer(wire: Wire, site: Site, kind: type[DescribeRequest] | type[TrainRequest]) -> Wire:
+    """Answer one message of the server.
+
+    Returns:
+        A Description, a TrainReply, or a Refusal that holds public facts only; never an exception, because Flower would
+        send its text.
+    """
+    ledger: Ledger | None = None
+    try:
+        ledger = Ledger(site.ledger, site.data_set, site.content)
+        request = decode(wire, kind)
+        reply: AnyMessage
+        if isinstance(request, DescribeRequest):
+            reply = describe(request, site, ledger)
+        else:
+            return train(request, site, ledger)
+        return encode(reply)
+    except Exception as error:  # whatever it is, its text may describe records and stays here
+        return encode(refusal(error, ledger))
+    finally:
+        if ledger is not None:
+            ledger.close()
+
+
+def refusal(error: Exception, ledger: Ledger | None = None) -> Refusal:
+    """Log an error here, and say as much of it as is public."""
+    known = isinstance(error, AdaDPIGUError)
+    log.error("refused: %s", error, exc_info=None if known else error)
+    code = error.code if isinstance(error, AdaDPIGUError) else "internal"
+    message = error.public_message if isinstance(error, AdaDPIGUError) else ""
+    try:
+        identity, spent = (ledger.id, ledger.events()) if ledger is not None else ("", ())
+    except AdaDPIGUError:
+        identity, spent = "", ()
+    return Refusal(code, message, identity, spent)
+
+
+def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Description:
+    """Fix this client's plan for a run and say what is public about it.
+
+    Raises:
+        BudgetError: If nothing is left of the budget.
+        AdaDPIGUError: For whatever else makes taking part impossible.
+    """
+    _check_code(request.code)
+    model, _ = _model(request.model, request.layout, site)
+    check_isolation(model, torch.rand(4, *request.model.input_shape, generator=torch.Generator().manual_seed(0)))
+    plan, target = ledger.plan(request.run), ledger.target(request.run)
+    if plan is None or target is None:
+        target = Target(min(request.target_epsilon, site.target.epsilon), min(request.target_delta, site.target.delta))
+        shape = PlanShape(
+            request.sampling_probability,
+            request.pretraining_steps,
+            request.training_steps,
+            request.pretraining_share,
+        )
+        plan = ledger.record_plan(request.run, calibrate(shape, target.epsilon, target.delta, ledger.events()), target)
+    return Description(
+        name=site.name,
+        device="cpu",
+        data_set=ledger.id,
+        num_records=site.num_records,
+        target_epsilon=target.epsilon,
+        target_delta=target.delta,
+        pretraining_noise_multiplier=plan.pretraining.noise_multiplier,
+        training_noise_multiplier=plan.training.noise_multiplier,
+        spent=ledger.events(),
+    )
+
+
+def train(request: TrainRequest, site: Site, ledger: Ledger) -> Wire:
+    """Release one round, or the very same release again if it was asked for before.
+
+    Raises:
+        AdaDPIGUError: Before anything is charged, if the request cannot be met.
+    """
+    _check_code(request.code)
+    round_ = Round(request.run, request.round, request.code)
+    stored = ledger.stored_release(round_)
+    if stored is not None:
+        return _unpack(stored)
+    work = _prepare(request, site, ledger)
+    charge = ledger.charge(round_, _round_event(work.mechanism, request.steps), work.target)
+    try:
+        reply: AnyMessage
+        reply, memory = _release(request, site, ledger, work, charge)
+    except Exception as error:
+        # Noise may have been drawn, and even that it went wrong may depend on it: this is the round's release now, so
+        # that no one can ask for another draw under the same charge.
+        reply, memory = refusal(error, ledger), work.memory
+    wire = encode(reply)
+    return _unpack(ledger.store_release(charge, archive.pack(wire.arrays, wire.values), memory))
+
+
+def _release(
+    request: TrainRequest, site: Site, ledger: Ledger, work: "_Work", charge: Charge
+) -> tuple[TrainReply, bytes]:
+    update = train_round(
+        work.model,
+        F.cross_entropy,
+        site.records,
+        work.mechanism,
+        work.mask,
+        work.statistics,
+        site.randomness(request.round),
+        charge,
+        steps=request.steps,
+        learning_rate=request.learning_rate,
+        importance_measure=request.importance_measure or None,
+    )
+    reply = TrainReply(
+        run=request.run,
+        round=request.round,
+        phase=request.phase,
+        update=update.update[work.mask].numpy(),
+        importance=None if update.importance is None else update.importance.numpy(),
+        data_set=ledger.id,
+        spent=ledger.events(),
+    )
+    return reply, _remember(request, work, update)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A request that has passed every check."""
+
+    model: nn.Module
+    mechanism: Mechanism
+    mask: Tensor
+    statistics: Statistics
+    target: Target
+    memory: bytes
+
+
+def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
+    plan, target = ledger.plan(request.run), ledger.target(request.run)
+    if plan is None or target is None:
+        raise MessageError("run: this client has no plan for it", "run: this client has no plan for it; describe first")
+    model, layout = _model(request.model, "", site)
+    require(
+        len(request.weights) == layout.num_parameters,
+        "weights",
+        f"the model has {layout.num_parameters} parameters, got {len(request.weights)}",
+    )
+    assign(model, torch.from_numpy(request.weights.copy()))
+    stored = ledger.memory(request.run) or archive.pack({}, {})
+    memory: Memory = archive.unpack(stored)[0]
+    mask = _mask(request, memory, layout)
+    event = plan.event(request.phase)
+    mechanism = Mechanism(
+        request.phase,
+        request.clipping_norm,
+        event.noise_multiplier,
+        event.sampling_probability,
+        site.num_records,
+    )
+    return _Work(model, mechanism, mask, _statistics(request, memory, layout), target, stored)
+
+
+def _check_code(code: str) -> None:
+    own = code_fingerprint()
+    require(code == own, "code", f"the server runs {code}, this client {own}; install the same release on both")
+
+
+def _model(spec: ModelSpec, layout_fingerprint: str, site: Site) -> tuple[nn.Module, ParameterLayout]:
+    """Build the model and check that it, its layout and the records fit together."""
+    check_records(site.records, input_shape=spec.input_shape, num_classes=spec.num_classes)
+    model = build(spec, seed=0)
+    check_private(model)
+    layout = ParameterLayout.of(model)
+    require(
+        layout_fingerprint in ("", layout.fingerprint),
+        "layout",
+        f"the server's parameters are laid out as {layout_fingerprint}, this client's as {layout.fingerprint}",
+    )
+    return model, layout
+
+
+def _round_event(mechanism: Mechanism, steps: int) -> Event:
+    one = mechanism.event
+    return Event(one.phase, one.noise_multiplier, one.sampling_probability, steps)
+
+
+Memory = dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
+
+
+def _remember(request: TrainRequest, work: _Work, update: LocalUpdate) -> bytes:
+    """What the next round needs: the mask, and the client's statistics if it keeps any. Released values only."""
+    arrays: Memory = {}
+    if request.mask_id:
+        arrays[f"mask-{request.mask_id}"] = masking.pack(work.mask)
+    if isinstance(update.statistics, RunningStatistics):
+        statistics = update.statistics
+        arrays |= {
+            "mean": statistics.mean.numpy(),
+            "moment": statistics.moment.numpy(),
+            "weight": statistics.weight.numpy(),
+        }
+    return archive.pack(arrays, {})
+
+
+def _mask(request: TrainRequest, memory: Memory, layout: ParameterLayout) -> Tensor:
+    if not request.mask_id:
+        require(request.mask is None, "mask", "was sent without a mask-id")
+        return torch.ones(layout.num_parameters, dtype=torch.bool)
+    if request.phase == PRETRAINING:
+        raise MessageError("mask: pretraining retains everything", "mask: pretraining retains everything")
+    bits = request.mask if request.mask is not None else memory.get(f"mask-{request.mask_id}")
+    if bits is None:
+        raise UnknownMaskError("mask: this client does not have it", "mask: this client does not have it; send it")
+    mask = masking.unpack(bits.astype(np.uint8, casting="no"), layout.num_parameters)
+    require(masking.fingerprint(mask) == request.mask_id, "mask-id", "is not the fingerprint of the mask")
+    return mask
+
+
+class UnknownMaskError(MessageError):
+    """The server refers to a mask that this client has not, or no longer: it will send it."""
+
+    code = "unknown-mask"
+
+
+def _statistics(request: TrainRequest, memory: Memory, layout: ParameterLayout) -> Statistics:
+    d = layout.num_parameters
+    if request.phase == PRETRAINING:
+        return FixedStatistics.neutral(d)
+    if not request.client_statistics:
+        neutral = FixedStatistics.neutral(d)
+        mean, scale = request.gradient_mean, request.gradient_scale
+        if mean is not None:
+            require(len(mean) == d, "gradient-mean", f"must have {d} entries, got {len(mean)}")
+        granularity = "coordinate" if request.clipping.rule == "paper" else request.clipping.granularity
+        return FixedStatistics(
+            neutral.mean if mean is None else torch.from_numpy(mean.copy()),
+            neutral.scale if scale is None else expand(torch.from_numpy(scale.copy()), layout, granularity),
+        )
+    statistics = RunningStatistics.neutral(request.clipping, layout)
+    if "moment" not in memory:
+        return statistics
+    restored = RunningStatistics(
+        request.clipping,
+        layout,
+        *(torch.from_numpy(memory[name].copy()) for name in ("mean", "moment", "weight")),
+    )
+    require(restored.moment.shape == statistics.moment.shape, "clipping", "changed its granularity during the run")
+    return restored
+
+
+def _unpack(payload: bytes) -> Wire:
+    arrays, values = archive.unpack(payload)
+    return Wire(arrays, values)

@@ -1,0 +1,85 @@
+"""Putting released updates together with public weights.
+
+A weight is a function of what a client declares: ``precision`` is the inverse variance of its release, so that a client
+with a small budget or few records counts less instead of spoiling the round; ``records`` is the declared number of
+records; ``uniform`` is one. A client that is absent changes the weights and never the noise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adadpigu_core.exceptions import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """The released update of one client.
+
+    Args:
+        update: Change of the retained weights, float32 [k].
+        mask: Which coordinates these are, bool [d].
+        weight: Public and positive.
+        noise_stddev: Of the client's mean standardised gradient over the round, public.
+    """
+
+    update: Tensor
+    mask: Tensor
+    weight: float
+    noise_stddev: float
+
+
+def public_weight(kind: str, *, num_records: int, noise_multiplier: float, sampling_probability: float) -> float:
+    """Weight of a client.
+
+    Args:
+        kind: ``precision``, ``records`` or ``uniform``.
+        num_records: Declared by the client.
+        noise_multiplier: Of its private steps.
+        sampling_probability: Of its private steps.
+
+    Raises:
+        ConfigurationError: For an unknown kind.
+    """
+    if kind == "precision" and noise_multiplier > 0:
+        # the clipping norm and the number of steps are the same for all and cancel
+        return (sampling_probability * num_records / noise_multiplier) ** 2
+    if kind in ("precision", "records"):
+        return float(num_records)
+    if kind == "uniform":
+        return 1.0
+    raise ConfigurationError(f"federation.aggregation: unknown value {kind!r}")
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Weighted mean of updates.
+
+    Args:
+        update: float32 [d]; zero where nobody retained.
+        mask: Coordinates that somebody retained, bool [d].
+        noise_stddev: Of the mean standardised gradient behind each coordinate, float32 [d].
+    """
+
+    update: Tensor
+    mask: Tensor
+    noise_stddev: Tensor
+
+
+def aggregate(contributions: Sequence[Contribution]) -> Aggregate:
+    """Average every coordinate over the clients that retained it.
+
+    Args:
+        contributions: At least one.
+    """
+    d = contributions[0].mask.numel()
+    total, weights, variance = (torch.zeros(d, dtype=torch.float64) for _ in range(3))
+    for item in contributions:
+        total[item.mask] += item.weight * item.update.double()
+        weights[item.mask] += item.weight
+        variance[item.mask] += (item.weight * item.noise_stddev) ** 2
+    mask = weights > 0
+    safe = torch.where(mask, weights, 1.0)
+    return Aggregate((total / safe).float(), mask, (variance.sqrt() / safe).float())

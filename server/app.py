@@ -1,0 +1,126 @@
+"""The Flower ServerApp: reads the configuration, builds the parts, runs the strategy, writes the run folder."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from adadpigu_core import datasets
+from adadpigu_core.configuration import Configuration, Value, parse, run_folder, to_toml
+from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.models import ModelSpec, build, check_private, default_model
+from adadpigu_core.parameters import ParameterLayout, flatten
+from adadpigu_core.provenance import code_fingerprint
+from server.evaluation import evaluator
+from server.exchange import Wait, sleep
+from server.round_report import RoundReport, ignore
+from server.run_folder import CONFIGURATION, PRIVACY, RESULT, RunFolder
+from server.state import ServerState
+from server.strategy import AdaDPIGU, EvaluateFn
+
+log = logging.getLogger("adadpigu.server")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation as Flower starts it."""
+    configuration = parse(cast(Mapping[str, Value], context.run_config))
+    folder = RunFolder(run_folder(configuration, context.run_id))
+    run(grid, configuration, folder)
+    log.warning("AdaDPIGU wrote %s", folder.path)
+
+
+def run(
+    grid: Grid,
+    configuration: Configuration,
+    folder: RunFolder,
+    observer: Callable[[RoundReport], None] = ignore,
+    wait: Wait = sleep,
+) -> dict[str, Any]:
+    """Run a federation, or go on with the one in the folder, and write everything down.
+
+    Returns:
+        What stands in ``result.json``.
+    """
+    data = datasets.load(configuration.task.dataset)
+    spec = model_spec(configuration, data)
+    model = build(spec, seed=configuration.seed)
+    check_private(model)
+    state = ServerState.fresh(configuration, ParameterLayout.of(model))
+    _restore(state, configuration, folder)
+    evaluate = evaluator(build(spec, seed=configuration.seed), data.test)
+
+    def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:
+        model.load_state_dict(arrays.to_torch_state_dict())
+        return MetricRecord(asdict(evaluate(flatten(model))))
+
+    def record(report: RoundReport) -> None:
+        metrics = asdict(report)
+        folder.add_metrics({**metrics, **metrics.pop("metrics")})
+        folder.write_json(PRIVACY, _privacy(strategy))
+        folder.save_checkpoint(*state.dump())
+        observer(report)
+
+    strategy = AdaDPIGU(configuration, spec, build(spec, seed=configuration.seed), state, record, wait)
+    strategy.start(
+        grid,
+        ArrayRecord(model.state_dict()),
+        timeout=configuration.federation.round_timeout,
+        evaluate_fn=cast(EvaluateFn, evaluate_fn),
+    )
+    folder.write_json(PRIVACY, _privacy(strategy))
+    final = evaluate(state.optimiser.weights)
+    result = {
+        "accuracy": final.accuracy,
+        "loss": final.loss,
+        "rounds": state.round,
+        "seconds": state.seconds,
+        "bytes_up": state.bytes_up,
+        "bytes_down": state.bytes_down,
+        "seed": configuration.seed,
+        "code": code_fingerprint(),
+        "parameters": state.layout.num_parameters,
+        **_privacy(strategy),
+    }
+    folder.write_json(RESULT, result)
+    return result
+
+
+def model_spec(configuration: Configuration, data: datasets.DataSet) -> ModelSpec:
+    """Say what is trained, from the settings and the public data."""
+    task = configuration.task
+    name = default_model(task.dataset) if task.model == "auto" else task.model
+    return ModelSpec(
+        name=name,
+        activation=task.activation,
+        normalisation=task.normalisation if name.endswith("-cnn") else "none",
+        input_shape=data.input_shape,
+        num_classes=data.num_classes,
+    )
+
+
+def _restore(state: ServerState, configuration: Configuration, folder: RunFolder) -> None:
+    checkpoint = folder.load_checkpoint()
+    if checkpoint is None:
+        folder.write_text(CONFIGURATION, to_toml(configuration))
+        return
+    if checkpoint[1]["layout"] != state.layout.fingerprint:
+        raise ConfigurationError(f"{folder.path}: its checkpoint belongs to another model; start a new run")
+    state.restore(*checkpoint)
+    folder.keep_metrics(state.round)
+
+
+def _privacy(strategy: AdaDPIGU) -> dict[str, Any]:
+    """The tally, and who does not take part."""
+    return {
+        "unit": "one record of one client, add-or-remove-one, over everything released from the client's data set",
+        "clients": strategy.state.tally.report(),
+        "refused": [
+            {"node": node, "code": refusal.code, "message": refusal.message}
+            for node, refusal in sorted(strategy.cohort.refused.items())
+        ],
+    }

@@ -1,0 +1,77 @@
+"""The server's step: post-processing of released updates by one of torch's optimisers.
+
+The mean update plays the part of a negative gradient. Coordinates that nobody retained do not move, even if the
+optimiser still remembers a direction for them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adadpigu_core.configuration import OptimiserSettings
+
+
+class ServerOptimiser:
+    """Moves the weights by mean updates.
+
+    Args:
+        settings: Which optimiser, and its rates.
+        weights: Weights to start from, float32 [d].
+    """
+
+    def __init__(self, settings: OptimiserSettings, weights: Tensor) -> None:
+        self._settings = settings
+        self._weights = torch.nn.Parameter(weights.clone())
+        self._optimiser: torch.optim.Optimizer
+        if settings.name == "adam":
+            self._optimiser = torch.optim.Adam([self._weights], betas=(settings.momentum, 0.99), eps=1e-4)
+        else:
+            self._optimiser = torch.optim.SGD([self._weights], momentum=settings.momentum)
+
+    @property
+    def weights(self) -> Tensor:
+        """Current weights, float32 [d]."""
+        return self._weights.detach().clone()
+
+    def reset(self, weights: Tensor) -> None:
+        """Start from other weights, with nothing remembered."""
+        with torch.no_grad():
+            self._weights.copy_(weights)
+        self._optimiser.state.clear()
+
+    def step(self, update: Tensor, mask: Tensor, round_number: int) -> None:
+        """Move the retained coordinates.
+
+        Args:
+            update: Mean update, [d].
+            mask: Coordinates that move, bool [d].
+            round_number: From 1; decides on the warm-up.
+        """
+        warmup = self._settings.warmup_rounds
+        rate = self._settings.server_learning_rate * min(1.0, round_number / (warmup + 1))
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        before = self.weights
+        self._weights.grad = -update
+        self._optimiser.step()
+        with torch.no_grad():
+            self._weights.copy_(torch.where(mask, self._weights, before))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, for a checkpoint."""
+        moments = {f"optimiser.{name}": value for name, value in self._moments().items()}
+        return {"weights": self.weights, **moments}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        with torch.no_grad():
+            self._weights.copy_(state["weights"])
+        moments: dict[str, Any] = {
+            name.removeprefix("optimiser."): value for name, value in state.items() if name.startswith("optimiser.")
+        }
+        self._optimiser.state[self._weights] = moments
+
+    def _moments(self) -> dict[str, Tensor]:
+        stored = self._optimiser.state.get(self._weights, {})
+        return {name: value.clone() for name, value in stored.items() if isinstance(value, Tensor)}

@@ -1,0 +1,110 @@
+"""What the server asks for, as messages."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adadpigu_core import masking
+from adadpigu_core.accounting import PRETRAINING, TRAINING
+from adadpigu_core.adaptive_clipping import Standardisation, shrink
+from adadpigu_core.configuration import Configuration
+from adadpigu_core.messages import DescribeRequest, TrainRequest
+from adadpigu_core.models import ModelSpec
+from adadpigu_core.parameters import ParameterLayout
+from adadpigu_core.provenance import code_fingerprint
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The mask that a node is asked to train under; an empty id means that everything is retained."""
+
+    mask: Tensor
+    mask_id: str
+
+    @classmethod
+    def of(cls, mask: Tensor, *, named: bool) -> "Asked":
+        """Name a mask by its fingerprint, unless it retains everything."""
+        return cls(mask, masking.fingerprint(mask) if named else "")
+
+
+@dataclass(frozen=True)
+class RoundWork:
+    """What all members of a round share.
+
+    Args:
+        round: Number of the round.
+        phase: ``pretraining`` or ``training``.
+        weights: Weights to start from, float32 [d].
+        standardisation: Statistics of the round, if the server keeps them.
+    """
+
+    round: int
+    phase: str
+    weights: Tensor
+    standardisation: Standardisation
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Makes the messages of one run."""
+
+    configuration: Configuration
+    spec: ModelSpec
+    layout: ParameterLayout
+    run: str
+
+    @property
+    def server_statistics(self) -> bool:
+        """Whether the server keeps gradient statistics and sends them."""
+        settings = self.configuration.adaptive_clipping
+        return settings.owner == "server" and settings.rule != "none"
+
+    def describe(self) -> DescribeRequest:
+        """Ask a node for public facts, and to fix its plan."""
+        plan, privacy = self.configuration.plan_shape, self.configuration.privacy
+        return DescribeRequest(
+            run=self.run,
+            code=code_fingerprint(),
+            model=self.spec,
+            layout=self.layout.fingerprint,
+            sampling_probability=plan.sampling_probability,
+            pretraining_steps=plan.pretraining_steps,
+            training_steps=plan.training_steps,
+            pretraining_share=plan.pretraining_share,
+            target_epsilon=privacy.target_epsilon,
+            target_delta=privacy.target_delta,
+        )
+
+    def train(self, work: RoundWork, asked: Asked, *, send_mask: bool) -> TrainRequest:
+        """Ask a node for the release of a round."""
+        configuration, settings = self.configuration, self.configuration.adaptive_clipping
+        mean, scale = self._statistics(work)
+        return TrainRequest(
+            run=self.run,
+            code=code_fingerprint(),
+            round=work.round,
+            phase=work.phase,
+            model=self.spec,
+            weights=work.weights.numpy(),
+            mask=masking.pack(asked.mask) if asked.mask_id and send_mask else None,
+            mask_id=asked.mask_id,
+            gradient_mean=mean,
+            gradient_scale=scale,
+            clipping=settings.clipping,
+            client_statistics=settings.owner == "client" and settings.rule != "none",
+            clipping_norm=configuration.privacy.clipping_norm,
+            steps=configuration.federation.local_steps,
+            learning_rate=configuration.optimiser.local_learning_rate,
+            importance_measure=configuration.pretraining.measure if work.phase == PRETRAINING else "",
+        )
+
+    def _statistics(self, work: RoundWork) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+        settings = self.configuration.adaptive_clipping
+        if work.phase != TRAINING or not self.server_statistics:
+            return None, None
+        granularity = "coordinate" if settings.rule == "paper" else settings.granularity
+        scale = shrink(work.standardisation.scale, self.layout, granularity).numpy()
+        centred = settings.centre or settings.rule == "paper"
+        return work.standardisation.mean.numpy() if centred else None, scale

@@ -1,0 +1,99 @@
+"""The folder that a run writes.
+
+    config.toml      the configuration as resolved
+    metrics.jsonl    one line a round
+    privacy.json     the tally, after every round
+    checkpoint.npz   everything that is needed to go on
+    result.json      the outcome, when the run is over
+
+Files are replaced in one step, so that a run that is killed leaves whole files.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adadpigu_core import archive
+from adadpigu_core.exceptions import ConfigurationError, DataError
+
+CONFIGURATION, METRICS, PRIVACY = "config.toml", "metrics.jsonl", "privacy.json"
+CHECKPOINT, RESULT = "checkpoint.npz", "result.json"
+
+
+class RunFolder:
+    """Reads and writes the files of one run.
+
+    Args:
+        path: The folder; made if it does not exist.
+
+    Raises:
+        ConfigurationError: If it cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(f"runtime.output: {path} cannot be made ({error.strerror})") from error
+        if not os.access(self.path, os.W_OK):
+            raise ConfigurationError(f"runtime.output: {path} is not writable")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file."""
+        self._replace(name, text.encode())
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON file."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def add_metrics(self, metrics: dict[str, Any]) -> None:
+        """Add the line of one round."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read all lines; a line cut short by a crash does not count."""
+        lines = []
+        if (self.path / METRICS).exists():
+            for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return lines
+
+    def keep_metrics(self, last_round: int) -> None:
+        """Forget lines of rounds after a checkpoint."""
+        kept = [line for line in self.metrics() if line["round"] <= last_round]
+        self.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def save_checkpoint(self, arrays: dict[str, NDArray[Any]], values: dict[str, Any]) -> None:
+        """Replace the checkpoint."""
+        self._replace(CHECKPOINT, archive.pack(arrays, values))
+
+    def load_checkpoint(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]] | None:
+        """Read the checkpoint; None if there is none.
+
+        Raises:
+            DataError: If it is damaged.
+        """
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            return archive.unpack(path.read_bytes())
+        except DataError as error:
+            raise DataError(f"{path}: the checkpoint is damaged; start a new run") from error
+
+    def _replace(self, name: str, data: bytes) -> None:
+        temporary = self.path / f".{name}.new"
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / name)

@@ -1,0 +1,81 @@
+"""Which coordinates are trained in a round.
+
+Rounds are numbered from 1 over both phases. Importance that clients released during pretraining is added up with public
+weights and ranked once; from then on the mask of a round is the head of a ranking, longer every round.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adadpigu_core import masking
+from adadpigu_core.accounting import PRETRAINING, TRAINING
+from adadpigu_core.configuration import Configuration
+from adadpigu_core.importance import rank
+
+EVERYONE = ""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of a run's rounds."""
+
+    configuration: Configuration
+
+    def phase(self, round_number: int) -> str:
+        """Phase of a round."""
+        return PRETRAINING if round_number <= self.configuration.pretraining_rounds else TRAINING
+
+    def ratio(self, round_number: int) -> float:
+        """Share of coordinates retained in a round; 1 in pretraining, and without pretraining unless at random."""
+        settings = self.configuration.retention
+        ranked = self.configuration.pretraining_rounds > 0 or self.configuration.pretraining.ranking == "random"
+        if self.phase(round_number) == PRETRAINING or not ranked:
+            return 1.0
+        first = self.configuration.pretraining_rounds + 1
+        span = settings.period * (self.configuration.federation.num_rounds - first)
+        progress = (round_number - first) / span if span > 0 else 1.0
+        final = max(settings.initial_ratio, settings.final_ratio)  # a constant schedule ignores it
+        return masking.retention_ratio(settings.schedule, settings.initial_ratio, final, progress)
+
+
+class Importance:
+    """Importance as it comes in, and the rankings made of it.
+
+    Args:
+        ranking: ``consensus`` (one ranking for everyone), ``local`` (one for each data set) or ``random``.
+        num_parameters: Number of coordinates d.
+        seed: Of the random ranking.
+    """
+
+    def __init__(self, ranking: str, num_parameters: int, seed: int) -> None:
+        self._kind = ranking
+        self._d = num_parameters
+        self._seed = seed
+        self.scores: dict[str, Tensor] = {}
+        self._rankings: dict[str, Tensor] = {}
+
+    def add(self, data_set: str, scores: Tensor, weight: float) -> None:
+        """Take in what one client released, with its public weight."""
+        key = data_set if self._kind == "local" else EVERYONE
+        known = self.scores.get(key, torch.zeros(self._d, dtype=torch.float64))
+        self.scores[key] = known + weight * scores.double()
+
+    def mask(self, data_set: str, ratio: float) -> Tensor | None:
+        """Mask for a data set at a retention ratio, bool [d]; None = everything is retained."""
+        if ratio >= 1:
+            return None
+        key = data_set if data_set in self.scores else EVERYONE
+        if key not in self._rankings:
+            self._rankings[key] = self._rank(key)
+        return masking.mask_of(self._rankings[key], ratio)
+
+    def _rank(self, key: str) -> Tensor:
+        if self._kind == "random":
+            return torch.randperm(self._d, generator=torch.Generator().manual_seed(self._seed))
+        if key in self.scores:
+            return rank(self.scores[key])
+        # a newcomer without a ranking of its own takes everyone's
+        pooled = sum(self.scores.values(), torch.zeros(self._d, dtype=torch.float64))
+        return rank(pooled)

@@ -1,0 +1,171 @@
+"""What every client has spent, as the server knows it.
+
+Each reply carries the client's whole ledger in summary. The tally keeps the largest count seen of every event, so that
+a lost reply is made good by the next; recomputes every epsilon from the events; and flags a client whose summary
+shrinks, or holds less than the rounds that it has answered. The tally watches; what protects a client is its ledger.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from adadpigu_core.accounting import Event, epsilon, merge
+from adadpigu_core.messages import Description
+
+_Kind = tuple[str, float, float]
+
+
+@dataclass
+class Account:
+    """One data set.
+
+    Args:
+        data_set: Its identity.
+        name: Name of its client.
+        num_records: Declared number of records.
+        target_epsilon: Its budget for this run.
+        target_delta: Its delta.
+        counts: Largest count seen of each (phase, noise multiplier, sampling probability).
+        witnessed: What the replies of this run alone amount to.
+        releases: Number of rounds that it has answered in this run.
+        warnings: What does not add up.
+    """
+
+    data_set: str
+    name: str
+    num_records: int
+    target_epsilon: float
+    target_delta: float
+    counts: dict[_Kind, int] = field(default_factory=dict)
+    witnessed: dict[_Kind, int] = field(default_factory=dict)
+    releases: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """Everything that is known to be spent."""
+        return merge(Event(*kind, count) for kind, count in self.counts.items())
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon spent, recomputed from the events."""
+        return epsilon(self.events, self.target_delta)
+
+    def claim(self, spent: Iterable[Event], *, fresh: bool = True) -> None:
+        """Take in a summary of the ledger.
+
+        Args:
+            spent: The summary.
+            fresh: Whether it was made now; a late or repeated one may rightly show less.
+        """
+        claimed = {_kind(event): event.count for event in merge(spent)}
+        if fresh and any(claimed.get(kind, 0) < known for kind, known in self.counts.items()):
+            self._warn("its ledger shows fewer releases than before: was a backup restored?")
+        for kind, count in claimed.items():
+            self.counts[kind] = max(count, self.counts.get(kind, 0))
+
+    def witness(self, event: Event) -> None:
+        """Note a release that has arrived, and check that the ledger admits to it."""
+        kind = _kind(event)
+        self.releases += 1
+        self.witnessed[kind] = self.witnessed.get(kind, 0) + event.count
+        if self.counts.get(kind, 0) < self.witnessed[kind]:
+            self._warn("its ledger admits to fewer releases than have arrived")
+            self.counts[kind] = self.witnessed[kind]
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+
+def _kind(event: Event) -> _Kind:
+    return event.phase, event.noise_multiplier, event.sampling_probability
+
+
+class Tally:
+    """The accounts of all data sets."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, Account] = {}
+
+    def open(self, description: Description) -> Account:
+        """Open the account of a client that takes part, or go on with it."""
+        account = self._accounts.setdefault(
+            description.data_set,
+            Account(
+                description.data_set,
+                description.name,
+                description.num_records,
+                description.target_epsilon,
+                description.target_delta,
+            ),
+        )
+        account.claim(description.spent)
+        return account
+
+    def claim(self, data_set: str, spent: Iterable[Event]) -> None:
+        """Take in a summary that came with a refusal; of a data set that never took part nothing is kept."""
+        if data_set in self._accounts:
+            self._accounts[data_set].claim(spent)
+
+    def __getitem__(self, data_set: str) -> Account:
+        return self._accounts[data_set]
+
+    @property
+    def accounts(self) -> list[Account]:
+        """All accounts, ordered by name."""
+        return sorted(self._accounts.values(), key=lambda account: (_natural(account.name), account.data_set))
+
+    @property
+    def largest_epsilon(self) -> float:
+        """The largest epsilon that any client has spent."""
+        return max((account.epsilon for account in self._accounts.values()), default=0.0)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Give every account in a form from which anyone can recompute its epsilon."""
+        names = [account.name for account in self.accounts]
+        return [
+            {
+                "id": account.name if account.name and names.count(account.name) == 1 else account.data_set,
+                "data_set": account.data_set,
+                "num_records": account.num_records,
+                "target_epsilon": account.target_epsilon,
+                "delta": account.target_delta,
+                "epsilon": account.epsilon,
+                "releases": account.releases,
+                "events": [asdict(event) for event in account.events],
+                "warnings": account.warnings,
+            }
+            for account in self.accounts
+        ]
+
+    def state(self) -> list[dict[str, Any]]:
+        """Everything, for a checkpoint."""
+        return [
+            {**vars(account), "counts": _rows(account.counts), "witnessed": _rows(account.witnessed)}
+            for account in self.accounts
+        ]
+
+    @classmethod
+    def restore(cls, state: list[dict[str, Any]]) -> "Tally":
+        """Go on from a checkpoint."""
+        tally = cls()
+        for entry in state:
+            account = Account(**{**entry, "counts": _from_rows(entry["counts"])})
+            account.witnessed = _from_rows(entry["witnessed"])
+            tally._accounts[account.data_set] = account
+        return tally
+
+
+def _rows(counts: dict[_Kind, int]) -> list[list[Any]]:
+    return [[*kind, count] for kind, count in counts.items()]
+
+
+def _from_rows(rows: list[list[Any]]) -> dict[_Kind, int]:
+    return {(phase, noise, probability): count for phase, noise, probability, count in rows}
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """Sort client-2 before client-10."""
+    head = name.rstrip("0123456789")
+    return head, int(name[len(head) :] or 0)

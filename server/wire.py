@@ -1,0 +1,32 @@
+"""From Flower's records to the project's messages and back: the last inch, and all that the server knows of records."""
+
+from typing import cast
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
+
+from adadpigu_core.exceptions import MessageError
+from adadpigu_core.messages import Wire, WireValue
+
+
+def to_content(wire: Wire) -> RecordDict:
+    """Put a message into Flower's records."""
+    arrays = ArrayRecord({name: Array(value) for name, value in wire.arrays.items()})
+    values = ConfigRecord({name: cast(ConfigRecordValues, value) for name, value in wire.values.items()})
+    return RecordDict({"arrays": arrays, "values": values})
+
+
+def from_content(content: RecordDict) -> Wire:
+    """Take a message out of Flower's records.
+
+    Raises:
+        MessageError: If the records are not the two that ``to_content`` makes.
+    """
+    arrays, values = content.array_records.get("arrays"), content.config_records.get("values")
+    if arrays is None or values is None or len(content) != 2:
+        text = f"message: expected the records 'arrays' and 'values', got {sorted(content)}"
+        raise MessageError(text, text)
+    try:
+        unpacked = {name: array.numpy() for name, array in arrays.items()}
+    except (ValueError, TypeError, EOFError) as error:
+        raise MessageError("message: an array is damaged", "message: an array is damaged") from error
+    return Wire(unpacked, cast(dict[str, WireValue], dict(values)))

@@ -1,0 +1,153 @@
+"""The command ``adadpigu``."""
+
+import logging
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adadpigu_core.configuration import Value, read_toml, settings
+from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+from simulations import simulate as engines
+from simulations.display import progressing, show_result
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Federated learning on Flower in which every client's records are protected by differential privacy.",
+)
+
+_SIMULATE = """Run a whole federation on this machine: the real clients and the real server, one ledger a client.
+
+[bold]Examples[/bold]
+
+  adadpigu simulate
+      ten clients on handwritten digits, epsilon 8 each
+
+  adadpigu simulate -c privacy.target-epsilon=2 -c federation.num-clients=20
+      a smaller budget, more clients
+
+  adadpigu simulate --config simulations/experiments/mnist.toml --output runs/mnist
+      settings from a file; nested tables, e.g. [privacy] target-epsilon = 4.0
+
+  adadpigu simulate -c task.dataset=npz:mine.npz
+      your own arrays x_train, y_train, x_test, y_test
+
+  adadpigu simulate --resume runs/mnist
+      go on with a run that was interrupted
+
+[bold]adadpigu settings[/bold] lists every key, its default and its meaning.
+"""
+
+
+@app.callback()
+def _main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+@app.command(help=_SIMULATE)
+def simulate(
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("-c", metavar="KEY=VALUE", help="One setting; wins over the file.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="in-process: fast, repeatable. flower: through 'flwr run' and Ray.")
+    ] = "in-process",
+    output: Annotated[Path | None, typer.Option(help="Folder to write; must be new or empty.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
+) -> None:
+    """Run a simulation and print its outcome."""
+    console = Console()
+    try:
+        _simulate(console, config, override or [], engine, output, resume)
+    except AdaDPIGUError as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from error
+
+
+def _simulate(
+    console: Console, config: Path | None, overrides: list[str], engine: str, output: Path | None, resume: Path | None
+) -> None:
+    if engine not in engines.ENGINES:
+        raise ConfigurationError(f"--engine: {engine!r} is none of {', '.join(engines.ENGINES)}")
+    if resume is not None:
+        if config is not None or overrides or output is not None:
+            raise ConfigurationError(
+                "--resume: a run goes on with its own settings; leave out --config, -c and --output"
+            )
+        simulation = engines.resume(resume)
+    else:
+        flat = {**(read_toml(config) if config else {}), **_parse_overrides(overrides)}
+        if output is not None:
+            flat["runtime.output"] = str(output)
+        simulation = engines.prepare(flat)
+    _introduce(console, simulation)
+    configuration = simulation.configuration
+    try:
+        with progressing(console, configuration.federation.num_rounds, simulation.done) as progress:
+            result = engines.simulate(simulation, engine, progress.show)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. Go on with: adadpigu simulate --resume {simulation.folder.path}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    show_result(console, result)
+    console.print(f"The run is in {simulation.folder.path}", soft_wrap=True, highlight=False)
+
+
+def _introduce(console: Console, simulation: engines.Simulation) -> None:
+    configuration = simulation.configuration
+    federation, privacy = configuration.federation, configuration.privacy
+    smallest, largest = min(simulation.records), max(simulation.records)
+    console.print(
+        f"{federation.num_clients} clients with {smallest} to {largest} records of {configuration.task.dataset}; "
+        f"each may spend epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} "
+        f"over {federation.num_rounds} rounds.",
+        highlight=False,
+    )
+    if simulation.done:
+        console.print(f"Going on after round {simulation.done} of {federation.num_rounds}.", highlight=False)
+    elif privacy.ledger_dir:
+        console.print(f"Ledgers: {privacy.ledger_dir}; what was spent there before counts.", soft_wrap=True)
+    else:
+        console.print(
+            "Ledgers: new ones in the run folder, so that budgets start afresh (privacy.ledger-dir keeps them)."
+        )
+
+
+def _parse_overrides(overrides: list[str]) -> dict[str, Value]:
+    flat: dict[str, Value] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigurationError(f"-c {text}: expected key=value, for example -c privacy.target-epsilon=4")
+        flat[key.strip()] = _parse_value(value.strip())
+    return flat
+
+
+def _parse_value(text: str) -> Value:
+    """Read a number, a boolean or a quoted string as TOML does; anything else is a string."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, bool | int | float | str) else text
+
+
+@app.command("settings")
+def list_settings() -> None:
+    """List every setting, its default and its meaning."""
+    table = Table(show_lines=False)
+    for heading in ("setting", "default", "meaning"):
+        table.add_column(heading, overflow="fold")
+    for key, default, meaning in settings():
+        table.add_row(key, str(default).lower() if isinstance(default, bool) else repr(default), meaning)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,122 @@
+"""What a person sees while a run works and when it is over: live on a terminal, plain lines anywhere else."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_SECONDS_BETWEEN_LINES = 2.0
+
+
+class Progressing(Protocol):
+    """Shows the rounds of a run."""
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Show the line of metrics of a round."""
+        ...
+
+
+@contextmanager
+def progressing(console: Console, num_rounds: int, done: int = 0) -> Iterator[Progressing]:
+    """Show progress in the way that fits the console."""
+    if not console.is_terminal:
+        yield _Lines(console, num_rounds, done)
+        return
+    columns = (
+        TextColumn("{task.fields[phase]:<11}"),
+        BarColumn(),
+        TextColumn("round {task.completed}/{task.total}"),
+        TextColumn("accuracy {task.fields[accuracy]}"),
+        TextColumn("epsilon {task.fields[epsilon]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=num_rounds, completed=done, phase="starting", accuracy="-", epsilon="-")
+        yield _Bar(bar, task)
+
+
+class _Bar:
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task, self._accuracy = bar, task, "-"
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        self._accuracy = _accuracy(metrics) or self._accuracy
+        self._bar.update(
+            self._task,
+            completed=metrics["round"],
+            phase=metrics["phase"],
+            accuracy=self._accuracy,
+            epsilon=f"{metrics['epsilon']:.2f}",
+        )
+
+
+class _Lines:
+    def __init__(self, console: Console, num_rounds: int, done: int) -> None:
+        self._console, self._total, self._done = console, num_rounds, done
+        self._begun = self._last = time.monotonic()
+        self._accuracy = "-"
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        self._accuracy = _accuracy(metrics) or self._accuracy
+        now, number = time.monotonic(), metrics["round"]
+        if now - self._last < _SECONDS_BETWEEN_LINES and number not in (self._done + 1, self._total):
+            return
+        self._last = now
+        left = (now - self._begun) / max(1, number - self._done) * (self._total - number)
+        self._console.print(
+            f"{metrics['phase']:<11} round {number}/{self._total}  accuracy {self._accuracy}  "
+            f"epsilon {metrics['epsilon']:.2f}  left {left:.0f} s",
+            highlight=False,
+        )
+
+
+def _accuracy(metrics: dict[str, Any]) -> str:
+    return f"{metrics['accuracy']:.4f}" if "accuracy" in metrics else ""
+
+
+def show_result(console: Console, result: dict[str, Any]) -> None:
+    """Print the table of clients and the outcome."""
+    console.print(_clients(result["clients"]))
+    for client in result["clients"]:
+        for warning in client["warnings"]:
+            console.print(f"[yellow]{client['id']}: {warning}[/yellow]")
+    for refusal in result["refused"]:
+        reason = refusal["message"] or f"code {refusal['code']!r}; its own log says more"
+        console.print(f"[yellow]node {refusal['node']} did not take part: {reason}[/yellow]")
+    console.print(
+        f"Accuracy on held-out test data [bold]{result['accuracy']:.4f}[/bold] after {result['rounds']} rounds "
+        f"in {result['seconds']:.0f} s; {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down.",
+        highlight=False,
+    )
+
+
+def _clients(clients: list[dict[str, Any]]) -> Table:
+    table = Table(title="Privacy spent by each client (one record, add-or-remove-one)")
+    table.add_column("client")
+    for heading in ("records", "noise multiplier", "epsilon spent", "of target", "at delta", "releases"):
+        table.add_column(heading, justify="right")
+    for client in clients:
+        noise = {event["phase"]: f"{event['noise_multiplier']:.3f}" for event in client["events"]}
+        table.add_row(
+            client["id"],
+            str(client["num_records"]),
+            " / ".join(dict.fromkeys(noise[phase] for phase in ("pretraining", "training") if phase in noise)),
+            f"{client['epsilon']:.3f}",
+            f"{client['target_epsilon']:g}",
+            f"{client['delta']:g}",
+            str(sum(event["count"] for event in client["events"])),
+        )
+    return table
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB"

@@ -1,0 +1,190 @@
+"""One simulated run, from its settings to its folder, on either engine."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adadpigu_core import datasets
+from adadpigu_core.configuration import Configuration, Value, flatten, parse, read_toml, settings, to_toml
+from adadpigu_core.exceptions import ConfigurationError
+from client.partitions import partition
+from server.app import run as run_server
+from server.round_report import RoundReport
+from server.run_folder import CHECKPOINT, CONFIGURATION, RESULT, RunFolder
+from simulations import flower_engine
+from simulations.in_process import InProcessGrid
+
+ENGINES = ("in-process", "flower")
+Show = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A checked run that has not started.
+
+    Args:
+        configuration: As resolved, with absolute paths.
+        folder: Where it writes.
+        records: Number of records of each client.
+        done: Rounds that a resumed run has behind it.
+    """
+
+    configuration: Configuration
+    folder: RunFolder
+    records: list[int]
+    done: int
+
+
+def prepare(flat: Mapping[str, Value]) -> Simulation:
+    """Check everything that can be checked before a new run, and make its folder.
+
+    Raises:
+        ConfigurationError: For settings that cannot be used, or a folder that holds a run already.
+        DataError: If the data set cannot be read.
+    """
+    configuration = parse(flat)
+    output = configuration.runtime.output or _default_output(configuration)
+    folder = Path(output).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(
+            f"runtime.output: {folder} is not empty; choose another folder, or go on with its run by --resume {folder}"
+        )
+    ledgers = configuration.privacy.ledger_dir
+    configuration = replace(
+        configuration,
+        runtime=replace(configuration.runtime, output=str(folder)),
+        privacy=replace(
+            configuration.privacy, ledger_dir=str(Path(ledgers).expanduser().absolute()) if ledgers else ""
+        ),
+    )
+    records = _shares(configuration)
+    if ledgers:
+        _claim_ledgers(configuration)
+    run_folder = RunFolder(folder)
+    run_folder.write_text(CONFIGURATION, to_toml(configuration))
+    return Simulation(configuration, run_folder, records, done=0)
+
+
+def resume(path: Path) -> Simulation:
+    """Find a run that was interrupted.
+
+    Raises:
+        ConfigurationError: If there is no run in the folder.
+    """
+    if not (path / CONFIGURATION).is_file():
+        raise ConfigurationError(f"--resume: {path} holds no run ({CONFIGURATION} is missing)")
+    configuration = parse(read_toml(path / CONFIGURATION))
+    folder = RunFolder(path)
+    # the folder may have been moved since
+    configuration = replace(configuration, runtime=replace(configuration.runtime, output=str(folder.path)))
+    checkpoint = folder.load_checkpoint()
+    done = int(checkpoint[1]["round"]) if checkpoint else 0
+    return Simulation(configuration, folder, _shares(configuration), done)
+
+
+def simulate(simulation: Simulation, engine: str, show: Show) -> dict[str, Any]:
+    """Run it and give what stands in ``result.json``.
+
+    Raises:
+        AdaDPIGUError: If the run failed.
+    """
+    if engine == "flower":
+        return _through_flower(simulation, show)
+    configuration = simulation.configuration
+    num_clients = configuration.federation.num_clients
+    nodes: list[dict[str, Value]] = [
+        {"partition-id": index, "num-partitions": num_clients, "simulation": True} for index in range(num_clients)
+    ]
+    workers = configuration.runtime.workers or min(os.cpu_count() or 1, num_clients)
+
+    def observe(report: RoundReport) -> None:
+        metrics = asdict(report)
+        show({**metrics, **metrics.pop("metrics")})
+
+    with InProcessGrid("client.app:app", nodes, flatten(configuration), num_workers=workers) as grid:
+        return run_server(grid, configuration, simulation.folder, observe, grid.wait)
+
+
+def _through_flower(simulation: Simulation, show: Show) -> dict[str, Any]:
+    folder, seen = simulation.folder, simulation.done
+    (folder.path / RESULT).unlink(missing_ok=True)
+
+    def poll() -> None:
+        nonlocal seen
+        for line in folder.metrics():
+            if line["round"] > seen:
+                seen = line["round"]
+                show(line)
+
+    defaults = {key: default for key, default, _ in settings()}
+    with TemporaryDirectory(prefix="adadpigu-") as neutral:
+        app = flower_engine.write_app(Path(neutral) / "app", defaults)
+        flower_engine.run(
+            app,
+            flatten(simulation.configuration),
+            num_clients=simulation.configuration.federation.num_clients,
+            ray_address=os.environ.get("RAY_ADDRESS"),
+            on_poll=poll,
+        )
+    poll()
+    result = folder.path / RESULT
+    if not result.exists():
+        raise flower_engine.FlowerRunError(f"the run ended without writing {result}")
+    return dict(json.loads(result.read_text(encoding="utf-8")))
+
+
+def _default_output(configuration: Configuration) -> str:
+    name = Path(configuration.task.dataset.removeprefix("npz:")).stem
+    return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _shares(configuration: Configuration) -> list[int]:
+    """Number of records of each client; the clients deal them out again, in the same way."""
+    federation = configuration.federation
+    labels = datasets.load(configuration.task.dataset).train.labels.numpy()
+    shares = partition(
+        labels,
+        num_partitions=federation.num_clients,
+        scheme=federation.partition,
+        alpha=federation.dirichlet_alpha,
+        seed=federation.partition_seed,
+    )
+    return [len(share) for share in shares]
+
+
+def _claim_ledgers(configuration: Configuration) -> None:
+    """Tie a lasting folder of ledgers to one way of dealing records out.
+
+    Dealt out otherwise, the same records would be charged to other ledgers, and none would show what they have spent.
+    """
+    federation = configuration.federation
+    deal = {
+        "task.dataset": configuration.task.dataset,
+        "federation.num-clients": federation.num_clients,
+        "federation.partition": federation.partition,
+        "federation.dirichlet-alpha": federation.dirichlet_alpha,
+        "federation.partition-seed": federation.partition_seed,
+    }
+    folder = Path(configuration.privacy.ledger_dir)
+    path = folder / "partition.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(json.dumps(deal, indent=2) + "\n", encoding="utf-8")
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigurationError(f"privacy.ledger-dir: {path} cannot be used ({error})") from error
+    different = [f"{key} = {known.get(key)!r}" for key, value in deal.items() if known.get(key) != value]
+    if different:
+        raise ConfigurationError(
+            f"privacy.ledger-dir: the ledgers in {folder} belong to clients with {', '.join(different)}; "
+            "use the same setting, or another folder for other clients"
+        )
+
+
+__all__ = ["CHECKPOINT", "ENGINES", "Simulation", "prepare", "resume", "simulate"]
