@@ -119,7 +119,10 @@ def _filled(sent: Reply, message: Message) -> Reply:
 
 
 def _bytes(message: Message) -> int:
-    """Size of the payload: arrays and values with their names, without Flower's envelope."""
+    """Size of the payload: arrays as they are, values as text, without Flower's envelope."""
     if not message.has_content():
         return 0
-    return sum(record.count_bytes() for record in message.content.values())
+    arrays = (array for record in message.content.array_records.values() for array in record.values())
+    return sum(len(array.data) for array in arrays) + sum(
+        len(f"{key}{value}") for record in message.content.config_records.values() for key, value in record.items()
+    )

@@ -18,6 +18,7 @@ from simulations.display import progressing, show_result
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
     help="Federated learning on Flower in which every client's records are protected by differential privacy.",
 )
