@@ -3,6 +3,7 @@
 import logging
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,8 @@ from adadpigu_core.configuration import Value, read_toml, settings
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
 from simulations import simulate as engines
 from simulations.display import progressing, show_result
+from simulations.reproduce import TABLES
+from simulations.reproduce import reproduce as reproduce_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,8 +71,15 @@ def simulate(
     try:
         _simulate(console, config, override or [], engine, output, resume)
     except AdaDPIGUError as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, ConfigurationError) else 1) from error
+        raise _failed(error) from error
+
+
+def _failed(error: AdaDPIGUError) -> typer.Exit:
+    """Say what is wrong; 2 is the status of a wrong command, 1 that of a run that failed."""
+    console = Console(stderr=True)
+    console.print("[red]Error:[/red]", end=" ")
+    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(2 if isinstance(error, ConfigurationError) else 1)
 
 
 def _simulate(
@@ -137,6 +147,22 @@ def _parse_value(text: str) -> Value:
     except tomllib.TOMLDecodeError:
         return text
     return value if isinstance(value, bool | int | float | str) else text
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help=f"Which: {', '.join(TABLES)}.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry, with seeds from 0.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs that are there are kept.")] = None,
+) -> None:
+    """Make a results table of the README again. An interrupted table goes on where it stopped."""
+    console = Console()
+    folder = output or Path("runs") / f"table-{table}"
+    try:
+        text = reproduce_table(table, seeds, folder, partial(progressing, console), console.print)
+    except AdaDPIGUError as error:
+        raise _failed(error) from error
+    console.print(text, markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command("settings")
