@@ -3,8 +3,7 @@
 An ``Event`` says what one kind of private step did and how often. The guarantee is record-level, add-or-remove-one;
 ``epsilon`` composes any events with privacy loss distributions (PLD), whose discretisation errs on the safe side.
 ``calibrate`` finds one noise multiplier per phase such that everything together, including what was spent before, meets
-a target. Where it starts to look follows from the Renyi divergence of order 2, which has a closed form; what it returns
-was checked with PLD accounting.
+a target. Where it starts to look follows from a closed form; what it returns was checked with PLD accounting.
 
 Left out: amplification by shuffling, by a secret choice of clients, or by anything else than Poisson sampling.
 """
@@ -29,15 +28,16 @@ PHASES = (PRETRAINING, TRAINING)
 _OVERSTATEMENT = 1e-3
 _COARSEST_GRID = 1e-2
 _FINEST_GRID = 1e-6  # below this, dp_accounting's differences of probabilities lose their digits
-_MOST_POINTS_OF_A_STEP = 2e4  # bound time and memory; only extreme events reach them, and pay with a coarser grid
-_MOST_POINTS = 1e6
+_MOST_POINTS = 2e4  # of one step, to bound the time; only extreme events reach it, and pay with a coarser grid
 
 # A distribution that is composed n times by Fourier transforms has rounding errors in proportion to n, of either sign.
 # This much a step is taken off delta; observed are errors of up to 6e-18 a step.
 _ROUNDING = 1e-16
 
-# Below this the accounting is slow and the privacy void (a single step with q = 1 has epsilon 90 at delta 1e-5).
+# Beyond these the accounting is slow and the privacy void: epsilon counts as infinite. A single release without sampling
+# has epsilon 92 at delta 1e-5 at the one, and any number has an epsilon of thousands at the other.
 _LEAST_NOISE_MULTIPLIER = 0.1
+_LARGEST_LOSS_VARIANCE = 1e4
 # Calibration stops here, and adds more noise than the target needs.
 _SMALLEST_NOISE_MULTIPLIER = 0.2
 _LARGEST_NOISE_MULTIPLIER = 1e5
@@ -84,10 +84,15 @@ class Event:
         sampled = dp_accounting.PoissonSampledDpEvent(self.sampling_probability, gaussian)
         return dp_accounting.SelfComposedDpEvent(sampled, self.count)
 
-    def renyi_divergence(self) -> float:
-        """Of order 2 between two neighbours, all releases together: count log(1 + q^2 (exp(1 / sigma^2) - 1))."""
-        chi_square = self.sampling_probability**2 * math.expm1(self.noise_multiplier**-2)
-        return self.count * math.log1p(chi_square)
+    def loss_variance(self) -> float:
+        """Roughly the variance of the total privacy loss, for a noise multiplier of at least 0.1.
+
+        For nearly Gaussian losses this is the Renyi divergence of order 2, log(1 + q^2 (exp(1 / sigma^2) - 1)). Where
+        rare large losses dominate that, twice the Kullback-Leibler divergence, at most q / sigma^2, is the better size.
+        """
+        inverse_square = self.noise_multiplier**-2
+        renyi_divergence = math.log1p(self.sampling_probability**2 * math.expm1(inverse_square))
+        return self.count * min(renyi_divergence, self.sampling_probability * inverse_square)
 
 
 def merge(events: Iterable[Event]) -> tuple[Event, ...]:
@@ -110,7 +115,8 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
         delta: In (0, 1).
 
     Returns:
-        0 for no events; infinity if any event has no noise, or if delta is too small for double precision.
+        0 for no events; infinity if any event has no noise, if epsilon would be in the thousands, or if delta is too
+        small for double precision.
 
     Raises:
         ConfigurationError: If delta is out of range.
@@ -167,6 +173,8 @@ def _pld_epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> f
     certain_delta = delta - _ROUNDING * sum(event.count for event in events)
     if certain_delta <= 0 or any(event.noise_multiplier < _LEAST_NOISE_MULTIPLIER for event in events):
         return math.inf
+    if sum(event.loss_variance() for event in events) > _LARGEST_LOSS_VARIANCE:
+        return math.inf
     accountant = pld.PLDAccountant(value_discretization_interval=_grid(events))
     for event in events:
         accountant.compose(event.dp_event())
@@ -176,17 +184,17 @@ def _pld_epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> f
 def _grid(events: Sequence[Event]) -> float:
     """Distance of the points to which privacy losses are rounded.
 
-    Rounding to a grid of width h adds a variance of h^2 / 6 to each loss. The variance of a loss is about its Renyi
-    divergence of order 2, D, and epsilon goes with the root of the total: (h^2 / 12) / D is the relative error.
+    Rounding to a grid of width h adds a variance of up to h^2 / 6 to each loss, and epsilon goes with the root of the
+    total variance: with a mean variance of v, h^2 / (12 v) is the relative error of epsilon.
     """
-    total = sum(event.renyi_divergence() for event in events)
+    total = sum(event.loss_variance() for event in events)
     mean = total / sum(event.count for event in events)
     wanted = min(math.sqrt(12 * _OVERSTATEMENT * mean), _COARSEST_GRID)
     largest_loss = max(
         0.5 / event.noise_multiplier**2 + 10 / event.noise_multiplier + math.log(event.sampling_probability)
         for event in events
     )
-    return max(wanted, largest_loss / _MOST_POINTS_OF_A_STEP, total / _MOST_POINTS, _FINEST_GRID)
+    return max(wanted, largest_loss / _MOST_POINTS, _FINEST_GRID)
 
 
 @dataclass(frozen=True)
@@ -288,7 +296,9 @@ def _check_target(shape: PlanShape, target_epsilon: float, target_delta: float, 
         raise ConfigurationError(f"pretraining_share: must be in (0, 1), got {shape.pretraining_share}")
     steps = shape.pretraining_steps + shape.training_steps + sum(event.count for event in spent)
     if _ROUNDING * steps >= target_delta:
-        raise ConfigurationError(f"target_delta: {target_delta} cannot be certified over {steps} steps; it is too small")
+        raise ConfigurationError(
+            f"target_delta: {target_delta} cannot be certified over {steps} steps; it is too small"
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -319,16 +329,16 @@ def _calibrate(shape: PlanShape, target_epsilon: float, target_delta: float, spe
 def _first_guess(
     shape: PlanShape, target_epsilon: float, target_delta: float, spent: Sequence[Event], smallest: float
 ) -> float:
-    """Noise multiplier at which the Renyi divergence is that of a Gaussian mechanism that about meets the target."""
+    """Noise multiplier at which the loss varies as much as that of a Gaussian mechanism that about meets the target."""
     log_delta = 2 * math.log(1 / target_delta)
     wanted = (math.sqrt(log_delta + 2 * target_epsilon) - math.sqrt(log_delta)) ** 2
     noise_multiplier = smallest
     while noise_multiplier < _LARGEST_NOISE_MULTIPLIER:
         events = (*spent, *shape.plan(noise_multiplier).events)
-        if sum(event.renyi_divergence() for event in events) <= wanted:
+        if sum(event.loss_variance() for event in events) <= wanted:
             return noise_multiplier
         noise_multiplier *= 1.1
-    return smallest
+    return _LARGEST_NOISE_MULTIPLIER
 
 
 def _search(

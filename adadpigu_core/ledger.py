@@ -2,11 +2,14 @@
 
 One SQLite file on the machine that holds the data. Rows are keyed by the data set, not by run or process, because the
 guarantee is about everything that is ever released from a data set. A charge is committed, with the disk told to keep
-it, before the release that it pays for exists; charges are never changed or deleted, which triggers in the file enforce.
+it, before the release that it pays for exists. Charges are never changed or deleted; triggers in the file enforce it.
 
-A release is stored beside its charge before it leaves, until the next round replaces it. So a repeated request gets the
-same release again, and after a crash the rule is simple: a charge without a stored release has let nothing out, and the
-round may be computed once more under that same charge.
+A release is stored beside its charge before it leaves, until a later round replaces it, and what leaves is what
+``store_release`` returns. So a repeated request gets the same release again, whoever computed it, and after a crash
+the rule is simple: a charge without a stored release has let nothing out, and the round may be computed once more under
+that same charge. A round is closed for good as soon as a later round of its run is charged.
+
+Left out: protection against whoever may write the file, and against an old copy of it being put back.
 """
 
 import json
@@ -15,56 +18,85 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core.accounting import Event, Plan, epsilon, fits, merge
+from adadpigu_core.accounting import PHASES, Event, Plan, epsilon, fits, merge
 from adadpigu_core.exceptions import BudgetError, ConfigurationError, LedgerError, MessageError
 
 SCHEMA_VERSION = 1
+_APPLICATION = 0x41445047  # "ADPG" in the file's header: this SQLite file is a ledger
 _BUSY_SECONDS = 30.0
 
-_SCHEMA = """
-CREATE TABLE data_sets (name TEXT PRIMARY KEY, id TEXT NOT NULL UNIQUE, content TEXT NOT NULL, time REAL NOT NULL);
-CREATE TABLE plans (data_set TEXT NOT NULL REFERENCES data_sets(name), run TEXT NOT NULL, plan TEXT NOT NULL,
-    target_epsilon REAL NOT NULL, target_delta REAL NOT NULL, time REAL NOT NULL, PRIMARY KEY (data_set, run));
-CREATE TABLE charges (id INTEGER PRIMARY KEY AUTOINCREMENT, data_set TEXT NOT NULL REFERENCES data_sets(name),
-    run TEXT NOT NULL, round INTEGER NOT NULL, phase TEXT NOT NULL, noise_multiplier REAL NOT NULL,
-    sampling_probability REAL NOT NULL, count INTEGER NOT NULL, code TEXT NOT NULL, time REAL NOT NULL,
-    UNIQUE (data_set, run, round));
-CREATE TABLE releases (charge INTEGER PRIMARY KEY REFERENCES charges(id), payload BLOB, memory BLOB);
-CREATE TRIGGER charges_keep BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are final'); END;
-CREATE TRIGGER charges_stay BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are final'); END;
-CREATE TRIGGER plans_keep BEFORE UPDATE ON plans BEGIN SELECT RAISE(ABORT, 'plans are final'); END;
-CREATE TRIGGER plans_stay BEFORE DELETE ON plans BEGIN SELECT RAISE(ABORT, 'plans are final'); END;
-"""
+_SCHEMA = (
+    "CREATE TABLE data_sets (name TEXT NOT NULL PRIMARY KEY, id TEXT NOT NULL UNIQUE, time REAL NOT NULL)",
+    "CREATE TABLE contents (content TEXT NOT NULL PRIMARY KEY, data_set TEXT NOT NULL REFERENCES data_sets(name), "
+    "time REAL NOT NULL)",
+    "CREATE TABLE plans (data_set TEXT NOT NULL REFERENCES data_sets(name), run TEXT NOT NULL, plan TEXT NOT NULL, "
+    "target_epsilon REAL NOT NULL, target_delta REAL NOT NULL, time REAL NOT NULL, PRIMARY KEY (data_set, run))",
+    "CREATE TABLE charges (id INTEGER PRIMARY KEY AUTOINCREMENT, data_set TEXT NOT NULL REFERENCES data_sets(name), "
+    "run TEXT NOT NULL, round INTEGER NOT NULL, phase TEXT NOT NULL, noise_multiplier REAL NOT NULL, "
+    "sampling_probability REAL NOT NULL, count INTEGER NOT NULL, code TEXT NOT NULL, time REAL NOT NULL, "
+    "UNIQUE (data_set, run, round))",
+    "CREATE TABLE releases (charge INTEGER PRIMARY KEY REFERENCES charges(id), payload BLOB, memory BLOB)",
+    "CREATE VIEW rounds AS SELECT * FROM charges LEFT JOIN releases ON charge = id",
+    *(
+        f"CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table} BEGIN SELECT RAISE(ABORT, '{table} are final'); END"
+        for table in ("data_sets", "contents", "plans", "charges")
+        for verb in ("UPDATE", "DELETE")
+    ),
+    "CREATE TRIGGER releases_DELETE BEFORE DELETE ON releases BEGIN SELECT RAISE(ABORT, 'releases are final'); END",
+    "CREATE TRIGGER releases_UPDATE BEFORE UPDATE ON releases WHEN NEW.payload IS NOT NULL OR NEW.memory IS NOT NULL "
+    "OR NEW.charge IS NOT OLD.charge BEGIN SELECT RAISE(ABORT, 'releases are final'); END",
+)
+_HEADER = (f"PRAGMA application_id = {_APPLICATION}", f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+_RESTORE = "stop, keep the file, and restore a backup that is known to hold every charge"
+_WAIT = "another process is using it; let it finish, or end it, and try again"
+_WRITABLE = "give this user write access to the file and its folder, and see to it that the disk works and has space"
+_FOREIGN = "it is not a ledger: correct the path; if a ledger was here, restore it from a backup"
+_MOVED = "the file was moved or deleted while in use: put it back, or restore a backup that holds every charge"
+_DEFECT = "keep the file; this is a defect of the software or of a change to it, please report it"
+_REMEDIES = {
+    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), _WAIT),
+    **dict.fromkeys((sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN), _WRITABLE),
+    **dict.fromkeys((sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL), _WRITABLE),
+    sqlite3.SQLITE_READONLY_DBMOVED: _MOVED,
+    sqlite3.SQLITE_CORRUPT: _RESTORE,
+    sqlite3.SQLITE_NOTADB: _FOREIGN,
+}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A budget over everything ever released from a data set."""
+    """A budget over everything ever released from a data set; an infinite epsilon is no limit."""
 
     epsilon: float
     delta: float
 
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0 or not 0 < self.delta < 1:  # NaN fails too
+            raise ConfigurationError(f"target: needs epsilon > 0 and delta in (0, 1), got {self.epsilon}, {self.delta}")
+
 
 @dataclass(frozen=True)
 class Round:
-    """Which round of which run a charge belongs to, and the code that asks for it."""
+    """Which round of which run a charge belongs to, counted from 1, and the code that asks for it."""
 
     run: str
     number: int
     code: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.number, int) or not 1 <= self.number < 2**31:
+            text = f"round: must be a number from 1, got {self.number}"
+            raise MessageError(text, text)
+
 
 class RoundCharge:
-    """Permission to release a number of times, already paid for.
-
-    Calling it with an event uses one release up; it raises if the event is not the one that was charged, or nothing is
-    left.
-    """
+    """Permission to release a number of times, already paid for; each call with the event uses it up."""
 
     def __init__(self, charge_id: int, event: Event) -> None:
         self.charge_id = charge_id
@@ -75,10 +107,9 @@ class RoundCharge:
         """Use up one release.
 
         Raises:
-            LedgerError: If the event was not charged.
+            LedgerError: If the event is not the one that was charged, or nothing is left.
         """
-        charged = (self._event.phase, self._event.noise_multiplier, self._event.sampling_probability)
-        if (event.phase, event.noise_multiplier, event.sampling_probability) != charged or (self._left < event.count):
+        if event != replace(self._event, count=event.count) or event.count > self._left:
             raise LedgerError(f"the ledger was charged for {self._event}, not for {event}: nothing is released")
         self._left -= event.count
 
@@ -86,10 +117,13 @@ class RoundCharge:
 class Ledger:
     """The ledger of one data set.
 
+    Any number of processes may open the same file; each opens its own, in the thread that uses it, after any fork.
+
     Args:
-        path: SQLite file; made with its folder if it does not exist.
+        path: SQLite file on a local disk; made with its folder if it does not exist, readable by its owner only.
         data_set: Name of the data set, the key of everything below.
-        content: Fingerprint of the records, to notice the same records under another name.
+        content: Fingerprint of the records, to notice the same records under another name. Other content under the
+            same name, such as records that were added, goes on with the same budget.
 
     Raises:
         LedgerError: If the file cannot be written, is damaged, was deleted, or comes from a newer version.
@@ -98,9 +132,19 @@ class Ledger:
     def __init__(self, path: Path | str, data_set: str, content: str) -> None:
         self.path = Path(path)
         self.data_set = data_set
-        self._open()
-        with self._transaction():
+        # Made after the ledger, so that it must be looked at before the file.
+        self._marker = self.path.with_name(self.path.name + ".known")
+        self._process = os.getpid()
+        with self._explained():
+            self._make_file()
+            uri = f"{self.path.absolute().as_uri()}?mode=rw"
+            self._connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
+        try:
+            self._prepare()
             self._register(content)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -119,16 +163,10 @@ class Ledger:
 
     def events(self, *, other_than_run: str | None = None) -> tuple[Event, ...]:
         """Everything charged so far, equal events added up."""
-        rows = self._all(
-            "SELECT phase, noise_multiplier, sampling_probability, count FROM charges "
-            "WHERE data_set = ? AND run IS NOT ?",
-            self.data_set,
-            other_than_run,
-        )
-        try:
+        query = "SELECT phase, noise_multiplier, sampling_probability, count FROM charges WHERE data_set = ?"
+        rows = self._all(query + " AND run IS NOT ?", self.data_set, other_than_run)
+        with self._explained():
             return merge(Event(*row) for row in rows)
-        except ConfigurationError as error:
-            raise LedgerError(f"{self.path}: a charge makes no sense ({error}); {_RESTORE}") from error
 
     def epsilon(self, delta: float) -> float:
         """Epsilon spent so far."""
@@ -136,125 +174,109 @@ class Ledger:
 
     def plan(self, run: str) -> Plan | None:
         """The plan recorded for a run, if there is one."""
-        row = self._first("SELECT plan FROM plans WHERE data_set = ? AND run = ?", self.data_set, run)
-        if row is None:
-            return None
-        stored = json.loads(row[0])
-        return Plan(Event(**stored["pretraining"]), Event(**stored["training"]))
+        rows = self._all("SELECT plan FROM plans WHERE data_set = ? AND run = ?", self.data_set, run)
+        with self._explained():
+            plans = [json.loads(text) for (text,) in rows]
+            return Plan(**{phase: Event(**plans[0][phase]) for phase in PHASES}) if plans else None
 
     def record_plan(self, run: str, plan: Plan, target: Target) -> Plan:
-        """Fix the plan of a run; the first one recorded stays, and is returned."""
+        """Fix the plan of a run; the first one recorded stays, and is returned.
+
+        A plan reserves nothing: two runs that plan at the same time get what is left when they charge.
+        """
         with self._transaction():
+            recorded = self.plan(run)
+            if recorded is not None:
+                return recorded
             self._execute(
-                "INSERT OR IGNORE INTO plans VALUES (?, ?, ?, ?, ?, ?)",
-                self.data_set,
-                run,
-                json.dumps(asdict(plan)),
-                target.epsilon,
-                target.delta,
-                time.time(),
+                "INSERT INTO plans VALUES (?, ?, ?, ?, ?, ?)",
+                *(self.data_set, run, json.dumps(asdict(plan)), target.epsilon, target.delta, time.time()),
             )
-        recorded = self.plan(run)
-        if recorded is None:  # pragma: no cover
-            raise LedgerError(f"{self.path}: a plan that was just written cannot be read; {_RESTORE}")
-        return recorded
+        return plan
 
     def target(self, run: str) -> Target | None:
         """The target that the plan of a run was made for."""
-        row = self._first(
-            "SELECT target_epsilon, target_delta FROM plans WHERE data_set = ? AND run = ?",
-            self.data_set,
-            run,
-        )
-        return Target(*row) if row else None
+        query = "SELECT target_epsilon, target_delta FROM plans WHERE data_set = ? AND run = ?"
+        rows = self._all(query, self.data_set, run)
+        with self._explained():
+            return Target(*rows[0]) if rows else None
 
     def charge(self, round_: Round, event: Event, target: Target) -> RoundCharge:
-        """Charge a round before it is computed, or find the charge that a crash left unused.
+        """Charge a round before it is computed, or find its charge if a crash or another process has left one.
 
         Raises:
             BudgetError: If everything charged with this event would exceed the target; nothing is charged.
-            MessageError: If the round was charged for another event, was released, or lies in the past.
+            MessageError: If the round was charged for another event, or lies before the latest charged round.
             LedgerError: If the charge cannot be made durable.
         """
+        if event.count < 1:
+            raise ConfigurationError(f"event.count: a round charges at least 1 release, got {event.count}")
         with self._transaction():
-            row = self._first(
-                "SELECT c.id, c.phase, c.noise_multiplier, c.sampling_probability, c.count, r.charge FROM charges c "
-                "LEFT JOIN releases r ON r.charge = c.id WHERE c.data_set = ? AND c.run = ? AND c.round = ?",
-                self.data_set,
-                round_.run,
-                round_.number,
-            )
-            if row is not None:
-                return self._unused(RoundCharge(row[0], Event(*row[1:5])), event, round_, released=row[5] is not None)
-            self._refuse_the_past(round_)
+            if self._is_charged(round_.run, round_.number):
+                return self._charged_before(round_, event)
             self._refuse_overspending(event, target)
-            values = (event.phase, event.noise_multiplier, event.sampling_probability, event.count)
             cursor = self._execute(
                 "INSERT INTO charges (data_set, run, round, phase, noise_multiplier, sampling_probability, count, "
                 "code, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 *(self.data_set, round_.run, round_.number),
-                *values,
+                *(event.phase, event.noise_multiplier, event.sampling_probability, event.count),
                 *(round_.code, time.time()),
             )
-            charge_id = cursor.lastrowid
-        return RoundCharge(int(charge_id or 0), event)
+            return RoundCharge(int(cursor.lastrowid or 0), event)
 
     def store_release(self, charge: RoundCharge, payload: bytes, memory: bytes) -> bytes:
-        """Keep a release before it leaves; returns the release that counts.
+        """Keep a release before it leaves; returns the release that counts, the only one that may leave.
 
         If another process stored one for the same charge first, that one counts and this one is forgotten unseen.
+
+        Raises:
+            MessageError: If a later round of the run was charged or released meanwhile.
         """
         with self._transaction():
-            stored = self._first("SELECT payload FROM releases WHERE charge = ?", charge.charge_id)
+            query = "SELECT run, round, payload FROM rounds WHERE id = ? AND data_set = ?"
+            run, number, stored = self._one(query, charge.charge_id, self.data_set)
             if stored is not None:
-                if stored[0] is None:
-                    raise MessageError("this round was released and replaced by a later one", "round-past")
-                return bytes(stored[0])
-            run = self._one("SELECT run FROM charges WHERE id = ?", charge.charge_id)[0]
+                return bytes(stored)
+            self._is_charged(run, number)
             self._execute(
                 "UPDATE releases SET payload = NULL, memory = NULL WHERE charge IN "
                 "(SELECT id FROM charges WHERE data_set = ? AND run = ?)",
-                self.data_set,
-                run,
+                *(self.data_set, run),
             )
             self._execute("INSERT INTO releases VALUES (?, ?, ?)", charge.charge_id, payload, memory)
         return payload
 
     def stored_release(self, round_: Round) -> bytes | None:
         """The release of a round, if it is the latest of its run."""
-        row = self._first(
-            "SELECT r.payload FROM releases r JOIN charges c ON c.id = r.charge "
-            "WHERE c.data_set = ? AND c.run = ? AND c.round = ?",
-            *(self.data_set, round_.run, round_.number),
-        )
-        return bytes(row[0]) if row and row[0] is not None else None
+        query = "SELECT payload FROM rounds WHERE data_set = ? AND run = ? AND round = ? AND payload IS NOT NULL"
+        rows = self._all(query, self.data_set, round_.run, round_.number)
+        return bytes(rows[0][0]) if rows else None
 
     def memory(self, run: str) -> bytes | None:
         """What was stored beside the latest release of a run."""
-        row = self._first(
-            "SELECT r.memory FROM releases r JOIN charges c ON c.id = r.charge "
-            "WHERE c.data_set = ? AND c.run = ? AND r.memory IS NOT NULL",
-            *(self.data_set, run),
-        )
-        return bytes(row[0]) if row else None
+        query = "SELECT memory FROM rounds WHERE data_set = ? AND run = ? AND memory IS NOT NULL"
+        rows = self._all(query, self.data_set, run)
+        return bytes(rows[0][0]) if rows else None
 
-    def _unused(self, charge: RoundCharge, event: Event, round_: Round, *, released: bool) -> RoundCharge:
-        if released:
-            text = f"round {round_.number} was released already, and a later one has replaced it"
+    def _is_charged(self, run: str, number: int) -> bool:
+        """Whether a round was charged; refuses any round before the latest that was."""
+        query = "SELECT coalesce(max(round), 0) FROM charges WHERE data_set = ? AND run = ?"
+        latest = int(self._one(query, self.data_set, run)[0])
+        if number < latest:
+            text = f"round {number} lies in the past: round {latest} was charged already"
             raise MessageError(text, text)
-        probe = RoundCharge(charge.charge_id, charge._event)
-        probe(event)
-        return charge
+        return number == latest
 
-    def _refuse_the_past(self, round_: Round) -> None:
-        latest = self._one(
-            "SELECT coalesce(max(round), 0) FROM charges WHERE data_set = ? AND run = ?",
-            self.data_set,
-            round_.run,
-        )[0]
-        if round_.number <= latest:
-            text = f"round {round_.number} lies in the past: round {latest} was charged already"
+    def _charged_before(self, round_: Round, event: Event) -> RoundCharge:
+        query = "SELECT id, phase, noise_multiplier, sampling_probability, count FROM charges WHERE data_set = ?"
+        query += " AND run = ? AND round = ?"
+        charge_id, *row = self._one(query, self.data_set, round_.run, round_.number)
+        with self._explained():
+            charged = Event(*row)
+        if charged != event:
+            text = f"round {round_.number} was charged for {charged} and is now asked for {event}"
             raise MessageError(text, text)
+        return RoundCharge(charge_id, charged)
 
     def _refuse_overspending(self, event: Event, target: Target) -> None:
         events = (*self.events(), event)
@@ -266,104 +288,112 @@ class Ledger:
             raise BudgetError(text, text)
 
     def _register(self, content: str) -> None:
-        known = self._first("SELECT name FROM data_sets WHERE content = ? AND name != ?", content, self.data_set)
-        if known is not None:
-            raise LedgerError(
-                f"{self.path}: these very records are known as data set {known[0]!r}, not {self.data_set!r}; one data "
-                f"set has one budget: use the name {known[0]!r}"
-            )
-        self._execute(
-            "INSERT OR IGNORE INTO data_sets VALUES (?, ?, ?, ?)",
-            *(self.data_set, str(uuid.uuid4()), content, time.time()),
-        )
+        with self._transaction():
+            for (known,) in self._all("SELECT data_set FROM contents WHERE content = ?", content):
+                if known != self.data_set:
+                    raise LedgerError(
+                        f"{self.path}: these very records are known as data set {known!r}, not {self.data_set!r}; "
+                        f"one data set has one budget: use the name {known!r}"
+                    )
+            now, identity = time.time(), str(uuid.uuid4())
+            self._execute("INSERT OR IGNORE INTO data_sets VALUES (?, ?, ?)", self.data_set, identity, now)
+            self._execute("INSERT OR IGNORE INTO contents VALUES (?, ?, ?)", content, self.data_set, now)
 
-    def _open(self) -> None:
-        marker = self.path.with_name(self.path.name + ".known")
-        if marker.exists() and not self.path.exists():
-            raise LedgerError(
-                f"{self.path}: the ledger was here and is gone; restore it from a backup. Only if nothing was ever "
-                f"released from its data, delete {marker} to start afresh"
-            )
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
-            if not os.access(self.path, os.W_OK) or not os.access(self.path.parent, os.W_OK):
-                raise LedgerError(f"{self.path}: the ledger is not writable; {_WRITABLE}")
-            self._execute("PRAGMA synchronous = EXTRA")
-            self._execute("PRAGMA foreign_keys = ON")
-            self._check_or_create()
-            marker.touch()
-        except OSError as error:
-            raise LedgerError(f"{self.path}: the ledger cannot be opened ({error}); {_WRITABLE}") from error
-        except sqlite3.Error as error:
-            raise self._error(error) from error
+    def _make_file(self) -> None:
+        """Make an empty file. One that exists is never opened here: to close it would drop this process's locks."""
+        if self._marker.exists() and not self.path.exists():
+            raise self._gone()
+        if self.path.exists() and not self.path.is_file():
+            raise LedgerError(f"{self.path}: this is no file; {_FOREIGN}")
+        made = [folder for folder in self.path.absolute().parents if not folder.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in made if os.name == "posix" else ():  # the last one, that of the file, is synced by SQLite
+            descriptor = os.open(folder.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        with suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
-    def _check_or_create(self) -> None:
-        if self._one("PRAGMA quick_check")[0] != "ok":
-            raise LedgerError(f"{self.path}: the ledger is damaged; {_RESTORE}")
-        version = int(self._one("PRAGMA user_version")[0])
-        if version > SCHEMA_VERSION:
-            raise LedgerError(
-                f"{self.path}: the ledger has version {version}, this software knows up to {SCHEMA_VERSION}; "
-                "update the software"
-            )
-        if version == 0:
+    def _prepare(self) -> None:
+        for setting in ("synchronous = EXTRA", "fullfsync = ON", "foreign_keys = ON"):
+            self._execute(f"PRAGMA {setting}")
+        if self._header() == (0, 0, 0):
             with self._transaction():
-                if self._one("PRAGMA user_version")[0] == 0:  # nobody else was faster
-                    for statement in _statements(_SCHEMA):
+                if self._header() == (0, 0, 0):  # no other process was faster
+                    if self._marker.exists():
+                        raise self._gone()
+                    for statement in (*_SCHEMA, *_HEADER):
                         self._execute(statement)
-                    self._execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._check()
+        with self._explained():
+            self._marker.touch(0o600)  # each commit syncs the folder, so that this lasts from the first charge on
+
+    def _header(self) -> tuple[int, ...]:
+        queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
+        return tuple(int(self._one(query)[0]) for query in queries)
+
+    def _check(self) -> None:
+        application, version, _ = self._header()
+        if application != _APPLICATION:
+            raise LedgerError(f"{self.path}: {_FOREIGN}")
+        if version != SCHEMA_VERSION:
+            raise LedgerError(
+                f"{self.path}: the ledger has version {version}, this software knows version {SCHEMA_VERSION}; "
+                "update the software, and keep the file"
+            )
+        if self._one("PRAGMA journal_mode = DELETE")[0] != "delete":  # a write-ahead log would be a second file to lose
+            raise LedgerError(f"{self.path}: the ledger cannot leave write-ahead mode; {_WAIT}")
+        whole = self._one("PRAGMA integrity_check(1)")[0] == "ok"
+        whole = whole and {sql for (sql,) in self._all("SELECT sql FROM sqlite_master")} >= set(_SCHEMA)
+        gaps = "SELECT coalesce(max(seq), 0) - (SELECT count(*) FROM charges) FROM sqlite_sequence"
+        if not whole or self._one(gaps)[0] != 0:
+            raise LedgerError(f"{self.path}: the ledger is damaged, or was altered; {_RESTORE}")
+
+    def _gone(self) -> LedgerError:
+        return LedgerError(
+            f"{self.path}: the ledger was here and is gone or empty; restore it from a backup that holds every charge. "
+            f"Only if nothing was ever released from its data, delete {self._marker} to start afresh"
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Hold the write lock from the first look to the commit; anything that raises leaves no trace."""
-        self._execute("BEGIN IMMEDIATE")
         try:
+            self._execute("BEGIN IMMEDIATE")
             yield
             self._execute("COMMIT")
         except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
+            if os.getpid() == self._process:
+                with suppress(sqlite3.Error):
+                    self._connection.rollback()
             raise
 
     def _execute(self, statement: str, *values: object) -> sqlite3.Cursor:
-        try:
+        if os.getpid() != self._process:
+            raise LedgerError(f"{self.path}: opened before a fork; a process must open the ledger itself")
+        with self._explained():
             return self._connection.execute(statement, values)
-        except sqlite3.Error as error:
-            raise self._error(error) from error
 
     def _one(self, statement: str, *values: object) -> tuple[Any, ...]:
-        row = self._first(statement, *values)
-        if row is None:
+        rows = self._all(statement, *values)
+        if not rows:
             raise LedgerError(f"{self.path}: a row is missing; {_RESTORE}")
-        return row
-
-    def _first(self, statement: str, *values: object) -> tuple[Any, ...] | None:
-        row: tuple[Any, ...] | None = self._execute(statement, *values).fetchone()
-        return row
+        return rows[0]
 
     def _all(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
-        return self._execute(statement, *values).fetchall()
+        with self._explained():
+            return self._execute(statement, *values).fetchall()
 
-    def _error(self, error: sqlite3.Error) -> LedgerError:
-        text = str(error)
-        if "locked" in text:
-            remedy = "another process is using it; wait for it to end"
-        elif "readonly" in text or "unable to open" in text or "full" in text:
-            remedy = _WRITABLE
-        else:
-            remedy = _RESTORE
-        return LedgerError(f"{self.path}: {text}; {remedy}")
-
-
-_RESTORE = "stop, keep the file, and restore a backup that is known to hold every charge"
-_WRITABLE = "give this user write access to the file and its folder, and free disk space"
-
-
-def _statements(script: str) -> Iterator[str]:
-    statement = ""
-    for line in script.splitlines():
-        statement += line + "\n"
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what to do about errors of the file system, of SQLite, and about rows that make no sense."""
+        try:
+            yield
+        except OSError as error:
+            raise LedgerError(f"{self.path}: the ledger cannot be opened ({error}); {_WRITABLE}") from error
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE)
+            remedy = _REMEDIES.get(code, _REMEDIES.get(code & 0xFF, _DEFECT))
+            raise LedgerError(f"{self.path}: {error}; {remedy}") from error
+        except (ConfigurationError, KeyError, TypeError, ValueError) as error:
+            raise LedgerError(f"{self.path}: a row makes no sense ({error!r}); {_RESTORE}") from error

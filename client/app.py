@@ -31,7 +31,7 @@ def _reply(message: Message, context: Context, kind: type[DescribeRequest] | typ
     try:
         node_config = cast(Mapping[str, Value], context.node_config)
         run_config = cast(Mapping[str, Value], context.run_config)
-        wire = answer(from_content(message.content), site(node_config, run_config, context.run_id), kind)
+        content = to_content(answer(from_content(message.content), site(node_config, run_config, context.run_id), kind))
     except Exception as error:  # Flower would send its text to the server
-        wire = encode(refusal(error))
-    return Message(to_content(wire), reply_to=message)
+        content = to_content(encode(refusal(error)))
+    return Message(content, reply_to=message)

@@ -6,19 +6,24 @@ the sampling probability and the budget are the client's own.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adadpigu_core import archive, masking
-from adadpigu_core.accounting import PRETRAINING, Event, PlanShape, calibrate
+from adadpigu_core.accounting import PRETRAINING, Event, Plan, PlanShape, calibrate
 from adadpigu_core.adaptive_clipping import FixedStatistics, RunningStatistics, Statistics, expand
 from adadpigu_core.datasets import check_records
-from adadpigu_core.exceptions import AdaDPIGUError, MessageError
-from adadpigu_core.ledger import Ledger, Round, Target
+from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError, MessageError
+from adadpigu_core.importance import MEASURES
+from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
 from adadpigu_core.local_training import LocalUpdate, train_round
 from adadpigu_core.messages import (
     AnyMessage,
@@ -34,7 +39,7 @@ from adadpigu_core.messages import (
 )
 from adadpigu_core.models import ModelSpec, build, check_isolation, check_private
 from adadpigu_core.parameters import ParameterLayout, assign
-from adadpigu_core.private_step import Charge, Mechanism
+from adadpigu_core.private_step import Mechanism
 from adadpigu_core.provenance import code_fingerprint
 from client.site import Site
 
@@ -88,16 +93,17 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
     _check_code(request.code)
     model, _ = _model(request.model, request.layout, site)
     check_isolation(model, torch.rand(4, *request.model.input_shape, generator=torch.Generator().manual_seed(0)))
-    plan, target = ledger.plan(request.run), ledger.target(request.run)
-    if plan is None or target is None:
-        target = Target(min(request.target_epsilon, site.target.epsilon), min(request.target_delta, site.target.delta))
-        shape = PlanShape(
-            request.sampling_probability,
-            request.pretraining_steps,
-            request.training_steps,
-            request.pretraining_share,
-        )
-        plan = ledger.record_plan(request.run, calibrate(shape, target.epsilon, target.delta, ledger.events()), target)
+    if ledger.plan(request.run) is None:
+        with _named_by_the_server():
+            asked = _smaller(Target(request.target_epsilon, request.target_delta), site.target)
+            shape = PlanShape(
+                request.sampling_probability,
+                request.pretraining_steps,
+                request.training_steps,
+                request.pretraining_share,
+            )
+            ledger.record_plan(request.run, calibrate(shape, asked.epsilon, asked.delta, ledger.events()), asked)
+    plan, target = _recorded(request.run, site, ledger)
     return Description(
         name=site.name,
         device="cpu",
@@ -136,7 +142,7 @@ def train(request: TrainRequest, site: Site, ledger: Ledger) -> Wire:
 
 
 def _release(
-    request: TrainRequest, site: Site, ledger: Ledger, work: "_Work", charge: Charge
+    request: TrainRequest, site: Site, ledger: Ledger, work: "_Work", charge: RoundCharge
 ) -> tuple[TrainReply, bytes]:
     update = train_round(
         work.model,
@@ -145,7 +151,7 @@ def _release(
         work.mechanism,
         work.mask,
         work.statistics,
-        site.randomness(request.round),
+        site.randomness(charge.charge_id),
         charge,
         steps=request.steps,
         learning_rate=request.learning_rate,
@@ -176,9 +182,9 @@ class _Work:
 
 
 def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
-    plan, target = ledger.plan(request.run), ledger.target(request.run)
-    if plan is None or target is None:
-        raise MessageError("run: this client has no plan for it", "run: this client has no plan for it; describe first")
+    plan, target = _recorded(request.run, site, ledger)
+    measure = request.importance_measure
+    require(measure in ("", *MEASURES), "importance-measure", f"unknown value {measure!r}")
     model, layout = _model(request.model, "", site)
     require(
         len(request.weights) == layout.num_parameters,
@@ -190,14 +196,37 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     memory: Memory = archive.unpack(stored)[0]
     mask = _mask(request, memory, layout)
     event = plan.event(request.phase)
-    mechanism = Mechanism(
-        request.phase,
-        request.clipping_norm,
-        event.noise_multiplier,
-        event.sampling_probability,
-        site.num_records,
-    )
+    with _named_by_the_server():
+        mechanism = Mechanism(
+            request.phase,
+            request.clipping_norm,
+            event.noise_multiplier,
+            event.sampling_probability,
+            site.num_records,
+        )
     return _Work(model, mechanism, mask, _statistics(request, memory, layout), target, stored)
+
+
+def _recorded(run: str, site: Site, ledger: Ledger) -> tuple[Plan, Target]:
+    """The plan of a run, and its target as far as this node still allows it: its owner may have lowered the budget."""
+    plan, target = ledger.plan(run), ledger.target(run)
+    if plan is None or target is None:
+        text = "run: this client has no plan for it; describe first"
+        raise MessageError(text, text)
+    return plan, _smaller(target, site.target)
+
+
+def _smaller(one: Target, other: Target) -> Target:
+    return Target(min(one.epsilon, other.epsilon), min(one.delta, other.delta))
+
+
+@contextmanager
+def _named_by_the_server() -> Iterator[None]:
+    """Say that numbers of a request are out of range: they are the server's own, so the text may travel."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise MessageError(str(error), str(error)) from error
 
 
 def _check_code(code: str) -> None:
@@ -207,7 +236,14 @@ def _check_code(code: str) -> None:
 
 def _model(spec: ModelSpec, layout_fingerprint: str, site: Site) -> tuple[nn.Module, ParameterLayout]:
     """Build the model and check that it, its layout and the records fit together."""
-    check_records(site.records, input_shape=spec.input_shape, num_classes=spec.num_classes)
+    declared = site.num_classes
+    # by the declared number, so that whether labels fit does not depend on what the server asks
+    check_records(site.records, input_shape=spec.input_shape, num_classes=declared or spec.num_classes)
+    require(
+        declared is None or declared <= spec.num_classes,
+        "model.num-classes",
+        f"this client declares {declared} classes, the task has {spec.num_classes}",
+    )
     model = build(spec, seed=0)
     check_private(model)
     layout = ParameterLayout.of(model)
@@ -224,7 +260,7 @@ def _round_event(mechanism: Mechanism, steps: int) -> Event:
     return Event(one.phase, one.noise_multiplier, one.sampling_probability, steps)
 
 
-Memory = dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
+Memory = dict[str, NDArray[np.generic]]
 
 
 def _remember(request: TrainRequest, work: _Work, update: LocalUpdate) -> bytes:
@@ -251,7 +287,7 @@ def _mask(request: TrainRequest, memory: Memory, layout: ParameterLayout) -> Ten
     bits = request.mask if request.mask is not None else memory.get(f"mask-{request.mask_id}")
     if bits is None:
         raise UnknownMaskError("mask: this client does not have it", "mask: this client does not have it; send it")
-    mask = masking.unpack(bits.astype(np.uint8, casting="no"), layout.num_parameters)
+    mask = masking.unpack(cast(NDArray[np.uint8], bits), layout.num_parameters)  # it checks the type
     require(masking.fingerprint(mask) == request.mask_id, "mask-id", "is not the fingerprint of the mask")
     return mask
 
@@ -284,7 +320,8 @@ def _statistics(request: TrainRequest, memory: Memory, layout: ParameterLayout) 
         layout,
         *(torch.from_numpy(memory[name].copy()) for name in ("mean", "moment", "weight")),
     )
-    require(restored.moment.shape == statistics.moment.shape, "clipping", "changed its granularity during the run")
+    fits = (restored.mean.shape, restored.moment.shape) == (statistics.mean.shape, statistics.moment.shape)
+    require(fits, "clipping", "the model or the granularity changed during the run")
     return restored
 
 

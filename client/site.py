@@ -5,12 +5,15 @@ simulated client has no owner but the run, so its share of a public data set, it
 run configuration. Which of the two it is must not be for the server to say either: see ``is_simulated``.
 """
 
+import math
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +27,31 @@ from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
 from client.partitions import partition
 
-_NODE_KEYS: dict[str, tuple[type, ...]] = {
-    "dataset": (str,),
-    "ledger": (str,),
-    "target-epsilon": (float, int),
-    "target-delta": (float,),
-    "data-set-name": (str,),
-    "name": (str,),
-    "num-records": (int,),
+
+@dataclass(frozen=True)
+class _NodeSetting:
+    kinds: tuple[type, ...]
+    fits: Callable[[Any], bool]
+    rule: str
+    required: bool = False
+
+
+_NODE_SETTINGS = {
+    "dataset": _NodeSetting((str,), bool, "must not be empty", required=True),
+    # taken from another working directory, a relative path would be another ledger, with nothing spent
+    "ledger": _NodeSetting(
+        (str,), lambda path: os.path.isabs(os.path.expanduser(path)), "must be an absolute path", required=True
+    ),
+    "target-epsilon": _NodeSetting(
+        (float, int), lambda epsilon: 0 < epsilon < math.inf, "must be positive and finite", required=True
+    ),
+    "target-delta": _NodeSetting((float,), lambda delta: 0 < delta < 1, "must be above 0 and below 1", required=True),
+    "data-set-name": _NodeSetting((str,), bool, "must not be empty"),
+    "name": _NodeSetting((str,), lambda _: True, ""),
+    "num-records": _NodeSetting((int,), lambda number: number >= 1, "must be at least 1"),
+    "num-classes": _NodeSetting((int,), lambda number: number >= 2, "must be at least 2"),
 }
+_SIMULATED = {"partition-id", "num-partitions"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,8 @@ class Site:
         ledger: Path of the ledger.
         target: Largest budget over everything ever released.
         num_records: Declared number of records.
+        num_classes: Declared number of classes; None = the labels themselves decide whether they fit a task, and a
+            server that asks for tasks with more and more classes finds out the largest label.
         simulation_key: Seed of repeatable randomness; None = secret randomness.
     """
 
@@ -57,13 +78,18 @@ class Site:
     ledger: Path
     target: Target
     num_records: int
+    num_classes: int | None
     simulation_key: tuple[int, ...] | None
 
-    def randomness(self, round_number: int) -> Randomness:
-        """Source of samples and noise for one round."""
+    def randomness(self, charge_id: int) -> Randomness:
+        """Source of samples and noise for the round that a charge pays for.
+
+        A simulation repeats itself by the number of the charge, not of the round: a second run on the same ledger must
+        not draw the noise of the first again, because accounting is for independent noise.
+        """
         if self.simulation_key is None:
             return SystemRandomness()
-        return SeededRandomness(*self.simulation_key, round_number)
+        return SeededRandomness(*self.simulation_key, charge_id)
 
 
 def site(node_config: Mapping[str, Value], run_config: Mapping[str, Value], flower_run: int) -> Site:
@@ -82,36 +108,44 @@ def is_simulated(node_config: Mapping[str, Value]) -> bool:
     """Whether this node exists only inside a simulation.
 
     Either the in-process engine says so, or Flower's simulation does: its nodes have exactly these two settings and
-    live in a Ray worker, which a deployed node does not.
+    live in a Ray worker. A deployed node may have the two settings, as in Flower's tutorials, and may be started from a
+    Ray job, but its process is not connected to Ray. Settings of both kinds make a deployed node that is refused.
     """
     if node_config.get("simulation") is True:
-        return True
-    return set(node_config) == {"partition-id", "num-partitions"} and "RAY_JOB_ID" in os.environ
+        return set(node_config) == {*_SIMULATED, "simulation"}
+    return set(node_config) == _SIMULATED and _in_ray_worker()
+
+
+def _in_ray_worker() -> bool:
+    ray = sys.modules.get("ray")
+    return "RAY_JOB_ID" in os.environ and ray is not None and bool(ray.is_initialized())
 
 
 def _simulated(configuration: Configuration, flower_run: int, node_config: Mapping[str, Value]) -> Site:
-    index, count = int(node_config["partition-id"]), int(node_config["num-partitions"])
+    index, count = node_config["partition-id"], node_config["num-partitions"]
+    if type(index) is not int or type(count) is not int or not 0 <= index < count:
+        raise ConfigurationError(f"there is no partition {index!r} of {count!r}")
     federation, privacy = configuration.federation, configuration.privacy
-    records, content = _share(
-        configuration.task.dataset,
-        index,
-        count,
-        (federation.partition, federation.dirichlet_alpha, federation.partition_seed),
-    )
+    dataset = configuration.task.dataset
+    deal = (federation.partition, federation.dirichlet_alpha, federation.partition_seed)
+    records, content = _share(dataset, index, count, deal)
     folder = (
         Path(privacy.ledger_dir).expanduser()
         if privacy.ledger_dir
         else run_folder(configuration, flower_run) / "ledgers"
     )
+    # rows are keyed by the whole name, so that it does no harm if two names are cut to the same file
+    stem = re.sub(r"[^a-z0-9-]+", "-", dataset.lower())[-100:]
     seeded = node_config.get("simulation") is True
     return Site(
         name=f"client-{index}",
         records=records,
         content=content,
-        data_set=f"{configuration.task.dataset}/{index}-of-{count}",
-        ledger=folder / f"{re.sub(r'[^a-z0-9-]+', '-', configuration.task.dataset.lower())}-{index}-of-{count}.sqlite",
+        data_set=f"{dataset}/{index}-of-{count}",
+        ledger=folder / f"{stem}-{index}-of-{count}.sqlite",
         target=Target(privacy.target_epsilon, privacy.target_delta),
         num_records=len(records),
+        num_classes=_data_set(dataset).num_classes,
         simulation_key=(configuration.seed, index) if seeded else None,
     )
 
@@ -141,6 +175,7 @@ def _deployed(settings: tuple[tuple[str, Value], ...]) -> Site:
     _check_node(node_config)
     source = str(node_config["dataset"])
     records = datasets.load_records(source)
+    classes = node_config.get("num-classes")
     return Site(
         name=str(node_config.get("name", "")),
         records=records,
@@ -149,25 +184,22 @@ def _deployed(settings: tuple[tuple[str, Value], ...]) -> Site:
         ledger=Path(str(node_config["ledger"])).expanduser(),
         target=Target(float(node_config["target-epsilon"]), float(node_config["target-delta"])),
         num_records=int(node_config.get("num-records", len(records))),
+        num_classes=None if classes is None else int(classes),
         simulation_key=None,
     )
 
 
 def _check_node(node_config: Mapping[str, Value]) -> None:
-    problems = [f"{key}: there is no such setting" for key in node_config if key not in _NODE_KEYS]
-    for key in ("dataset", "ledger", "target-epsilon", "target-delta"):
-        if key not in node_config:
-            problems.append(f"{key}: is missing; a node that owns records must set it")
-    for key, kinds in _NODE_KEYS.items():
-        if key in node_config and type(node_config[key]) not in kinds:
-            problems.append(f"{key}: expected {kinds[0].__name__}, got {node_config[key]!r}")
-    if not problems:
-        if not float(node_config["target-epsilon"]) > 0:
-            problems.append("target-epsilon: must be positive")
-        if not 0 < float(node_config["target-delta"]) < 1:
-            problems.append("target-delta: must be in (0, 1)")
-        if int(node_config.get("num-records", 1)) < 1:
-            problems.append("num-records: must be at least 1")
+    problems = [f"{key}: there is no such setting" for key in node_config if key not in _NODE_SETTINGS]
+    for key, setting in _NODE_SETTINGS.items():
+        value = node_config.get(key)
+        if value is None:
+            if setting.required:
+                problems.append(f"{key}: is missing; a node that owns records must set it")
+        elif type(value) not in setting.kinds:
+            problems.append(f"{key}: expected {setting.kinds[0].__name__}, got {value!r}")
+        elif not setting.fits(value):
+            problems.append(f"{key}: {setting.rule}, got {value!r}")
     if problems:
         listed = "\n".join(f"  * {problem}" for problem in problems)
         raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
 
 from adadpigu_core.exceptions import MessageError
@@ -27,6 +28,8 @@ def from_content(content: RecordDict) -> Wire:
         raise MessageError(text, text)
     try:
         unpacked = {name: array.numpy() for name, array in arrays.items()}
-    except (ValueError, TypeError, EOFError) as error:
+    except Exception as error:  # numpy raises a dozen types on damaged bytes
         raise MessageError("message: an array is damaged", "message: an array is damaged") from error
+    if not all(isinstance(array, np.ndarray) for array in unpacked.values()):  # numpy opens archives as well
+        raise MessageError("message: an array is an archive", "message: an array is an archive")
     return Wire(unpacked, cast(dict[str, WireValue], dict(values)))

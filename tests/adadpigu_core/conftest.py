@@ -1,7 +1,7 @@
 """Small models, random records and a slow oracle for the tests of the core."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -49,21 +49,23 @@ def _standardisation(model: nn.Module, seed: int, *, retained: float = 1.0, spre
     return Standardisation(mask, mean, scale)
 
 
-def _record_gradient(model: nn.Module, features: Tensor, label: Tensor) -> Tensor:
-    """Gradient of one record, float64 [d], by plain autograd."""
+def _record_gradients(model: nn.Module, records: Records) -> list[Tensor]:
+    """Gradient of each record, float64 [d], by plain autograd."""
     double = copy.deepcopy(model).double()
     parameters = [p for p in double.parameters() if p.requires_grad]
-    loss = F.cross_entropy(double(features.double().unsqueeze(0)), label.unsqueeze(0))
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
+    gradients = []
+    for features, label in zip(records.features, records.labels, strict=True):
+        loss = F.cross_entropy(double(features.double().unsqueeze(0)), label.unsqueeze(0))
+        gradients.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)]))
+    return gradients
 
 
 def _contributions(model: nn.Module, records: Records, given: Standardisation, clipping_norm: float) -> list[Tensor]:
     """What every record adds to the clipped sum, in float64 and one record at a time."""
     contributions = []
-    for features, label in zip(records.features, records.labels, strict=True):
-        gradient = _record_gradient(model, features, label)
+    kept = given.mask
+    for gradient in _record_gradients(model, records):
         u = torch.zeros_like(gradient)
-        kept = given.mask
         u[kept] = (gradient[kept] - given.mean.double()[kept]) / given.scale.double()[kept]
         norm = float(u.norm())
         contributions.append(u * (min(1.0, clipping_norm / norm) if norm > 0 else 1.0))
@@ -93,6 +95,15 @@ class RecordingRandomness:
         return self._source.torch_seed()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only stand in each other's way in models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., nn.Module]:
     return _model
@@ -109,8 +120,8 @@ def make_standardisation() -> Callable[..., Standardisation]:
 
 
 @pytest.fixture(scope="session")
-def record_gradient() -> Callable[..., Tensor]:
-    return _record_gradient
+def record_gradients() -> Callable[..., list[Tensor]]:
+    return _record_gradients
 
 
 @pytest.fixture(scope="session")
