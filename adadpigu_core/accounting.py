@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import dp_accounting
+import numpy as np
 from dp_accounting import pld
 
 from adadpigu_core.exceptions import BudgetError, ConfigurationError
@@ -34,10 +35,11 @@ _MOST_POINTS = 2e4  # of one step, to bound the time; only extreme events reach 
 # This much a step is taken off delta; observed are errors of up to 6e-18 a step.
 _ROUNDING = 1e-16
 
-# Beyond these the accounting is slow and the privacy void: epsilon counts as infinite. A single release without sampling
-# has epsilon 92 at delta 1e-5 at the one, and any number has an epsilon of thousands at the other.
+# Beyond these the accounting is slow and the privacy void, so that epsilon counts as infinite: at delta 1e-5, a single
+# release at the least noise has epsilon 92 without sampling, and the largest variance of the loss means thousands.
 _LEAST_NOISE_MULTIPLIER = 0.1
 _LARGEST_LOSS_VARIANCE = 1e4
+_MOST_STEPS = 10**6
 # Calibration stops here, and adds more noise than the target needs.
 _SMALLEST_NOISE_MULTIPLIER = 0.2
 _LARGEST_NOISE_MULTIPLIER = 1e5
@@ -115,8 +117,8 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
         delta: In (0, 1).
 
     Returns:
-        0 for no events; infinity if any event has no noise, if epsilon would be in the thousands, or if delta is too
-        small for double precision.
+        0 for no events; infinity if any event has no noise, for more than a million releases, if epsilon would be in
+        the thousands, or if delta is too small for double precision.
 
     Raises:
         ConfigurationError: If delta is out of range.
@@ -170,15 +172,17 @@ def _pld_epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> f
     events = [Event(TRAINING, *kind) for kind in kinds]
     if not events:
         return 0.0
-    certain_delta = delta - _ROUNDING * sum(event.count for event in events)
-    if certain_delta <= 0 or any(event.noise_multiplier < _LEAST_NOISE_MULTIPLIER for event in events):
+    steps = sum(event.count for event in events)
+    certain_delta = delta - _ROUNDING * steps
+    if certain_delta <= 0 or steps > _MOST_STEPS or min(kinds)[0] < _LEAST_NOISE_MULTIPLIER:
         return math.inf
     if sum(event.loss_variance() for event in events) > _LARGEST_LOSS_VARIANCE:
         return math.inf
     accountant = pld.PLDAccountant(value_discretization_interval=_grid(events))
     for event in events:
         accountant.compose(event.dp_event())
-    return float(accountant.get_epsilon(certain_delta))
+    with np.errstate(over="ignore"):  # an epsilon above 700 may come out as infinite
+        return float(accountant.get_epsilon(certain_delta))
 
 
 def _grid(events: Sequence[Event]) -> float:
@@ -295,6 +299,8 @@ def _check_target(shape: PlanShape, target_epsilon: float, target_delta: float, 
     if shape.pretraining_steps and not 1e-6 <= shape.pretraining_share <= 1 - 1e-6:
         raise ConfigurationError(f"pretraining_share: must be in (0, 1), got {shape.pretraining_share}")
     steps = shape.pretraining_steps + shape.training_steps + sum(event.count for event in spent)
+    if steps > _MOST_STEPS:
+        raise ConfigurationError(f"training_steps: with all others these are {steps} steps, more than {_MOST_STEPS}")
     if _ROUNDING * steps >= target_delta:
         raise ConfigurationError(
             f"target_delta: {target_delta} cannot be certified over {steps} steps; it is too small"

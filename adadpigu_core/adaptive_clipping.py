@@ -6,13 +6,16 @@ they cost no privacy. Three rules:
 
 * ``none``: a = 0, b = 1, plain clipping;
 * ``energy``: b^2 follows E[ghat^2] minus the known noise variance, pooled over a layer, a row or a coordinate. The
-  noise is not taken off (ghat - a)^2, because the noise in a would be counted as signal. The scale has a floor, and its
-  mean square over the retained coordinates is 1, so that the clipping norm means what it means without them;
+  noise is not taken off (ghat - a)^2, because the noise in a would be counted as signal. An estimate is pulled towards
+  what it is part of (a row towards its layer, a layer towards the whole) as far as noise explains that it differs, so
+  that where noise dominates, all scales are 1. The scale has a floor, and its mean square over the retained coordinates
+  is 1, so that the clipping norm means what it means without statistics;
 * ``paper``: the published rule: variance of ghat around its running mean, per coordinate, from 1, noise included.
 
 The clipped sum has sensitivity C whatever a and b are, so a bad statistic can cost accuracy but never privacy.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -133,6 +136,7 @@ class RunningStatistics:
         mean: Running mean of the released gradient, float32 [d]; 0 for coordinates never retained.
         moment: Decayed sum of the squared signal of each group, float64 [G]; for the paper's rule, the variance [d].
         weight: Decayed number of observations of each group, float64 [G]; 0 = never observed.
+        variance: Variance of ``moment`` that noise explains, float64 [G].
     """
 
     settings: AdaptiveClipping
@@ -140,6 +144,7 @@ class RunningStatistics:
     mean: Tensor
     moment: Tensor
     weight: Tensor
+    variance: Tensor
 
     @classmethod
     def neutral(cls, settings: AdaptiveClipping, layout: ParameterLayout) -> "RunningStatistics":
@@ -151,6 +156,7 @@ class RunningStatistics:
             layout,
             torch.zeros(layout.num_parameters),
             start(num_groups, dtype=torch.float64),
+            torch.zeros(num_groups, dtype=torch.float64),
             torch.zeros(num_groups, dtype=torch.float64),
         )
 
@@ -178,33 +184,78 @@ class RunningStatistics:
             deviation = (released_gradient - mean).double().square()
             kept = _PAPER_VARIANCE_DECAY * self.moment + (1 - _PAPER_VARIANCE_DECAY) * deviation
             return replace(self, mean=mean, moment=torch.where(mask, kept, self.moment))
-        signal = released_gradient.double().square() - noise_stddev.double().square()
+        noise_variance = noise_stddev.double().square().expand(len(mask))
+        signal = released_gradient.double().square() - noise_variance
         group = groups(self.layout, self.settings.granularity)
-        observed, total = _pool(signal, mask, group, len(self.moment))
-        seen = observed > 0
-        moment = decay * self.moment + (1 - decay) * total / observed.clamp(min=1)
-        weight = decay * self.weight + (1 - decay)
+        count, total = _pool(signal, mask, group, len(self.moment))
+        # a squared normal variate has twice the squared variance for variance
+        _, doubt = _pool(2 * noise_variance.square(), mask, group, len(self.moment))
+        seen, count = count > 0, count.clamp(min=1)
         return replace(
             self,
             mean=mean,
-            moment=torch.where(seen, moment, self.moment),
-            weight=torch.where(seen, weight, self.weight),
+            moment=torch.where(seen, decay * self.moment + (1 - decay) * total / count, self.moment),
+            weight=torch.where(seen, decay * self.weight + (1 - decay), self.weight),
+            variance=torch.where(
+                seen, decay**2 * self.variance + (1 - decay) ** 2 * doubt / count.square(), self.variance
+            ),
         )
 
+    def state(self) -> dict[str, Tensor]:
+        """What has been learnt, by name."""
+        return {"mean": self.mean, "moment": self.moment, "weight": self.weight, "variance": self.variance}
+
+    def restored(self, state: Mapping[str, Tensor]) -> "RunningStatistics":
+        """Go on from what ``state`` gave.
+
+        Raises:
+            MessageError: If it belongs to another model or granularity.
+        """
+        own = self.state()
+        if any(name not in state or state[name].shape != own[name].shape for name in own):
+            text = "clipping: the model or the granularity changed during the run"
+            raise MessageError(text, text)
+        return replace(self, **{name: state[name] for name in own})  # type: ignore[arg-type]  # tensors all
+
     def _energy(self, mask: Tensor) -> Tensor:
-        """Estimated squared signal of each coordinate, float64 [d]; may be negative."""
-        group = groups(self.layout, self.settings.granularity)
-        known = (self.weight > 0)[group]
-        estimate = torch.where(known, (self.moment / self.weight.clamp(min=1e-300))[group], 0.0)
-        usable = known & mask
-        if not usable.any():
-            return torch.zeros_like(estimate)
-        layer = groups(self.layout, "layer")
-        observed, total = _pool(estimate, usable, layer, len(self.layout.names))
-        overall = estimate[usable].mean()
-        of_layer = torch.where(observed > 0, total / observed.clamp(min=1), overall)[layer]
-        shrunk = (1 - self.settings.shrinkage) * estimate + self.settings.shrinkage * of_layer
-        return torch.where(known, shrunk, of_layer)
+        """Estimated squared signal of each coordinate, float64 [d]; zero everywhere if none is seen."""
+        granularity, shrinkage = self.settings.granularity, self.settings.shrinkage
+        group, layer = groups(self.layout, granularity), groups(self.layout, "layer")
+        known = self.weight > 0
+        weight = self.weight.clamp(min=1e-300)
+        estimate, variance = (self.moment / weight)[group], (self.variance / weight.square())[group]
+        usable = known[group] & mask
+        overall = estimate[usable].mean() if usable.any() else torch.tensor(0.0)
+        if not overall > 0:
+            return torch.zeros(len(mask), dtype=torch.float64)
+        of_layer = self._of_layers(estimate, usable, layer)
+        groups_in_layer = torch.bincount(shrink(layer, self.layout, granularity))[layer]
+        doubt = self._of_layers(variance, usable, layer) / groups_in_layer
+        energy = _reliable(of_layer, doubt, usable, overall.expand(len(mask)))
+        if granularity != "layer":
+            estimate = torch.where(usable, estimate, of_layer)
+            energy = energy + (1 - shrinkage) * (_reliable(estimate, variance, usable, of_layer) - of_layer)
+        return energy
+
+    def _of_layers(self, values: Tensor, usable: Tensor, layer: Tensor) -> Tensor:
+        """Mean of the usable values of a coordinate's layer, [d]; that of all where a layer has none."""
+        count, total = _pool(values, usable, layer, len(self.layout.names))
+        return torch.where(count > 0, total / count.clamp(min=1), values[usable].mean())[layer]
+
+
+def _reliable(estimate: Tensor, variance: Tensor, usable: Tensor, centre: Tensor) -> Tensor:
+    """Pull estimates towards a centre as far as their noise explains that they differ from it (empirical Bayes).
+
+    Args:
+        estimate: float64 [d], one value a group.
+        variance: What noise adds to it, float64 [d].
+        usable: Coordinates that are observed and retained, bool [d]: those that tell how much estimates differ.
+        centre: float64 [d].
+    """
+    spread = (estimate - centre)[usable].square().mean() - variance[usable].mean()
+    signal = spread.clamp(min=0)
+    share = torch.where(variance > 0, signal / (signal + variance).clamp(min=1e-300), 1.0)
+    return centre + share * (estimate - centre)
 
 
 def _normalised(energy: Tensor, mask: Tensor, floor: float) -> Tensor:

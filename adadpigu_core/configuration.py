@@ -9,17 +9,20 @@ import difflib
 import json
 import math
 import os
+import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from adadpigu_core import datasets, models
 from adadpigu_core.accounting import PlanShape
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.masking import SCHEDULES
+from adadpigu_core.messages import MOST_STEPS
 
 Value = bool | int | float | str
 OWNERS = ("server", "client")
@@ -27,6 +30,7 @@ RANKINGS = ("consensus", "local", "random")
 AGGREGATIONS = ("precision", "records", "uniform")
 PARTITIONS = ("iid", "dirichlet")
 OPTIMISERS = ("sgd", "adam")
+_LARGEST_INTEGER = 2**63 - 1  # that Flower carries
 
 
 def _setting(
@@ -48,9 +52,11 @@ class TaskSettings:
     """What is learnt."""
 
     dataset: str = _setting("digits", "digits, mnist, fashion-mnist, cifar-10 or npz:PATH")
-    model: str = _setting("auto", "auto (by data set), digits-cnn, mnist-cnn, cifar-cnn, mlp or linear")
-    activation: str = _setting("relu", "activation of the networks", choices=("relu", "tanh"))
-    normalisation: str = _setting("group", "normalisation after each convolution", choices=("group", "none"))
+    model: str = _setting(
+        "auto", "auto (by data set), digits-cnn, mnist-cnn, cifar-cnn, mlp or linear", choices=("auto", *models.NAMES)
+    )
+    activation: str = _setting("relu", "activation of the networks", choices=tuple(models.ACTIVATIONS))
+    normalisation: str = _setting("group", "normalisation after each convolution", choices=models.NORMALISATIONS)
 
 
 @dataclass(frozen=True)
@@ -175,9 +181,9 @@ class Configuration:
 def run_folder(configuration: Configuration, flower_run: int) -> Path:
     """Folder of a run: as configured, or one under ``$ADADPIGU_HOME`` (default ``~/.adadpigu``) by Flower's run id."""
     if configuration.runtime.output:
-        return Path(configuration.runtime.output)
+        return Path(configuration.runtime.output).expanduser()
     home = os.environ.get("ADADPIGU_HOME") or Path.home() / ".adadpigu"
-    return Path(home) / "runs" / f"flwr-{flower_run}"
+    return Path(home).expanduser() / "runs" / f"flwr-{flower_run}"
 
 
 def settings() -> Iterator[tuple[str, Value, str]]:
@@ -204,7 +210,8 @@ def parse(flat: Mapping[str, object]) -> Configuration:
         ConfigurationError: Naming every unknown key and every value of a wrong type or out of range.
     """
     known = dict(_entries())
-    problems = [_unknown(key, known) for key in flat if key not in known]
+    unknown = [_unknown(key, known) for key in flat if key not in known]
+    problems: list[str] = []
     values: dict[str, dict[str, Value]] = {}
     for key, entry in known.items():
         try:
@@ -217,7 +224,7 @@ def parse(flat: Mapping[str, object]) -> Configuration:
     if not problems:
         configuration = _build(values)
         problems = list(_contradictions(configuration))
-    if problems:
+    if problems := [*unknown, *problems]:
         listed = "\n".join(f"  * {problem}" for problem in problems)
         raise ConfigurationError(f"{len(problems)} setting(s) cannot be used:\n{listed}")
     return configuration
@@ -241,18 +248,30 @@ def _unknown(key: str, known: Mapping[str, object]) -> str:
 
 def _checked(key: str, value: object, entry: "Field[Any]") -> Value:
     wanted = type(entry.default)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and abs(value) > _LARGEST_INTEGER:
+        raise ConfigurationError(f"{key}: {reprlib.repr(value)} is out of range; Flower carries no such number")
+    if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:
-        raise ConfigurationError(f"{key}: expected {wanted.__name__}, got {value!r}")
+        raise ConfigurationError(f"{key}: expected {wanted.__name__}, got {reprlib.repr(value)}")
     limits = entry.metadata
     if limits["choices"] and value not in limits["choices"]:
         raise ConfigurationError(f"{key}: {value!r} is none of {', '.join(limits['choices'])}")
+    if isinstance(value, str) and not _is_text(value):
+        raise ConfigurationError(f"{key}: {value!r} cannot be written as UTF-8")
     if isinstance(value, int | float) and not isinstance(value, bool):
         inside = limits["above"] < value < limits["below"] and limits["least"] <= value <= limits["most"]
         if not (math.isfinite(value) and inside):
             raise ConfigurationError(f"{key}: {value} is out of range; it must be {_range(limits)}")
     return value  # type: ignore[return-value]  # its type is that of the default
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _range(limits: Mapping[str, Any]) -> str:
@@ -262,6 +281,11 @@ def _range(limits: Mapping[str, Any]) -> str:
 
 
 def _contradictions(configuration: Configuration) -> Iterator[str]:
+    task, federation = configuration.task, configuration.federation
+    if task.dataset not in datasets.NAMES and not task.dataset.startswith(datasets.NPZ_PREFIX):
+        yield f"task.dataset: {task.dataset!r} is none of {', '.join(datasets.NAMES)}, {datasets.NPZ_PREFIX}PATH"
+    if federation.num_rounds * federation.local_steps > MOST_STEPS:
+        yield f"federation.num-rounds: times federation.local-steps, these are more than {MOST_STEPS} steps"
     retention = configuration.retention
     if retention.schedule != "constant" and retention.final_ratio < retention.initial_ratio:
         yield "retention.final-ratio: must not be below retention.initial-ratio; coordinates are never frozen again"
@@ -293,7 +317,7 @@ def read_toml(path: Path) -> dict[str, Value]:
         return dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or beyond what Python parses
         raise ConfigurationError(f"{path}: is not TOML ({error})") from error
 
 
@@ -314,6 +338,7 @@ def to_toml(configuration: Configuration) -> str:
         if table != current:
             lines += ["", f"[{table}]"]
             current = table
-        # JSON's strings, numbers and booleans are TOML's
-        lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        # JSON's strings, numbers and booleans are TOML's, but for one letter
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        lines.append(f"{name} = {text}")
     return "\n".join(lines).lstrip() + "\n"

@@ -52,7 +52,6 @@ _SCHEMA = (
     "OR NEW.charge IS NOT OLD.charge BEGIN SELECT RAISE(ABORT, 'releases are final'); END",
 )
 _HEADER = (f"PRAGMA application_id = {_APPLICATION}", f"PRAGMA user_version = {SCHEMA_VERSION}")
-
 _RESTORE = "stop, keep the file, and restore a backup that is known to hold every charge"
 _WAIT = "another process is using it; let it finish, or end it, and try again"
 _WRITABLE = "give this user write access to the file and its folder, and see to it that the disk works and has space"
@@ -67,6 +66,7 @@ _REMEDIES = {
     sqlite3.SQLITE_CORRUPT: _RESTORE,
     sqlite3.SQLITE_NOTADB: _FOREIGN,
 }
+_NONSENSE = (ConfigurationError, KeyError, TypeError, ValueError)  # what damaged rows may raise when they are read
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ class Ledger:
     def __init__(self, path: Path | str, data_set: str, content: str) -> None:
         self.path = Path(path)
         self.data_set = data_set
-        # Made after the ledger, so that it must be looked at before the file.
-        self._marker = self.path.with_name(self.path.name + ".known")
+        self._marker = self.path.with_name(self.path.name + ".known")  # made after the ledger: to be looked at before
         self._process = os.getpid()
         with self._explained():
             self._make_file()
             uri = f"{self.path.absolute().as_uri()}?mode=rw"
             self._connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
-            self._prepare()
+            with self._explained():
+                self._prepare()
             self._register(content)
         except BaseException:
             self.close()
@@ -165,7 +165,7 @@ class Ledger:
         """Everything charged so far, equal events added up."""
         query = "SELECT phase, noise_multiplier, sampling_probability, count FROM charges WHERE data_set = ?"
         rows = self._all(query + " AND run IS NOT ?", self.data_set, other_than_run)
-        with self._explained():
+        with self._explained(*_NONSENSE):
             return merge(Event(*row) for row in rows)
 
     def epsilon(self, delta: float) -> float:
@@ -175,7 +175,7 @@ class Ledger:
     def plan(self, run: str) -> Plan | None:
         """The plan recorded for a run, if there is one."""
         rows = self._all("SELECT plan FROM plans WHERE data_set = ? AND run = ?", self.data_set, run)
-        with self._explained():
+        with self._explained(*_NONSENSE):
             plans = [json.loads(text) for (text,) in rows]
             return Plan(**{phase: Event(**plans[0][phase]) for phase in PHASES}) if plans else None
 
@@ -198,7 +198,7 @@ class Ledger:
         """The target that the plan of a run was made for."""
         query = "SELECT target_epsilon, target_delta FROM plans WHERE data_set = ? AND run = ?"
         rows = self._all(query, self.data_set, run)
-        with self._explained():
+        with self._explained(*_NONSENSE):
             return Target(*rows[0]) if rows else None
 
     def charge(self, round_: Round, event: Event, target: Target) -> RoundCharge:
@@ -271,7 +271,7 @@ class Ledger:
         query = "SELECT id, phase, noise_multiplier, sampling_probability, count FROM charges WHERE data_set = ?"
         query += " AND run = ? AND round = ?"
         charge_id, *row = self._one(query, self.data_set, round_.run, round_.number)
-        with self._explained():
+        with self._explained(*_NONSENSE):
             charged = Event(*row)
         if charged != event:
             text = f"round {round_.number} was charged for {charged} and is now asked for {event}"
@@ -325,7 +325,7 @@ class Ledger:
                     for statement in (*_SCHEMA, *_HEADER):
                         self._execute(statement)
         self._check()
-        with self._explained():
+        if not self._marker.exists():
             self._marker.touch(0o600)  # each commit syncs the folder, so that this lasts from the first charge on
 
     def _header(self) -> tuple[int, ...]:
@@ -343,7 +343,8 @@ class Ledger:
             )
         if self._one("PRAGMA journal_mode = DELETE")[0] != "delete":  # a write-ahead log would be a second file to lose
             raise LedgerError(f"{self.path}: the ledger cannot leave write-ahead mode; {_WAIT}")
-        whole = self._one("PRAGMA integrity_check(1)")[0] == "ok"
+        whole = self.path.stat().st_size % self._one("PRAGMA page_size")[0] == 0
+        whole = whole and self._one("PRAGMA integrity_check(1)")[0] == "ok"
         whole = whole and {sql for (sql,) in self._all("SELECT sql FROM sqlite_master")} >= set(_SCHEMA)
         gaps = "SELECT coalesce(max(seq), 0) - (SELECT count(*) FROM charges) FROM sqlite_sequence"
         if not whole or self._one(gaps)[0] != 0:
@@ -363,9 +364,8 @@ class Ledger:
             yield
             self._execute("COMMIT")
         except BaseException:
-            if os.getpid() == self._process:
-                with suppress(sqlite3.Error):
-                    self._connection.rollback()
+            with suppress(sqlite3.Error):
+                self._connection.rollback()
             raise
 
     def _execute(self, statement: str, *values: object) -> sqlite3.Cursor:
@@ -385,8 +385,8 @@ class Ledger:
             return self._execute(statement, *values).fetchall()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say what to do about errors of the file system, of SQLite, and about rows that make no sense."""
+    def _explained(self, *nonsense: type[Exception]) -> Iterator[None]:
+        """Say what to do about errors of the file system, of SQLite, and of reading what is in a row."""
         try:
             yield
         except OSError as error:
@@ -395,5 +395,5 @@ class Ledger:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE)
             remedy = _REMEDIES.get(code, _REMEDIES.get(code & 0xFF, _DEFECT))
             raise LedgerError(f"{self.path}: {error}; {remedy}") from error
-        except (ConfigurationError, KeyError, TypeError, ValueError) as error:
+        except nonsense as error:
             raise LedgerError(f"{self.path}: a row makes no sense ({error!r}); {_RESTORE}") from error

@@ -1,14 +1,17 @@
 """What travels between server and client, and the checks on it.
 
 Messages are frozen dataclasses. ``encode`` turns one into named arrays and named values, which Flower carries as they
-are; ``decode`` turns them back, and refuses an unknown key, a missing key, a wrong type, a wrong version and a number
-that is not finite, each by name. Field names are snake_case here and kebab-case on the wire; nowhere else converts.
+are; ``decode`` turns them back, and refuses an unknown key, a missing key, a wrong type, a wrong version, a number that
+is not finite and a text that could not be printed, each by name. Field names are snake_case here and kebab-case on the
+wire; nowhere else converts.
 
 A client never sends anything but released values and public facts, so the texts of these errors, which speak of the
-message alone, may travel.
+message alone, may travel. They quote no more of a message than fits on a line.
 """
 
 import math
+import re
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -23,6 +26,15 @@ from adadpigu_core.exceptions import AdaDPIGUError, MessageError
 from adadpigu_core.models import ModelSpec
 
 PROTOCOL_VERSION = 1
+
+# What a plan, a task and a client can at most amount to. Far beyond any use; they bound what one message can cost.
+MOST_STEPS = 1_000_000
+_MOST_CLASSES = 10_000
+_MOST_RECORDS = 10**12
+# Below the one, noise is no privacy; calibration stays far from the other.
+_LEAST_NOISE_MULTIPLIER, _MOST_NOISE_MULTIPLIER = 0.1, 1e12
+_MOST_LETTERS, _MOST_TEXT = 100, 300
+_IDENTITY = re.compile(r"[0-9A-Za-z._-]{1,100}")
 
 Array = NDArray[Any]
 Scalar = bool | int | float | str
@@ -65,6 +77,11 @@ class DescribeRequest:
     target_epsilon: float
     target_delta: float
 
+    def __post_init__(self) -> None:
+        steps = self.pretraining_steps + self.training_steps
+        require(steps <= MOST_STEPS, "training-steps", f"a plan has at most {MOST_STEPS} steps, not {steps}")
+        _require_buildable(self.model)
+
 
 @dataclass(frozen=True)
 class Description:
@@ -91,6 +108,19 @@ class Description:
     pretraining_noise_multiplier: float
     training_noise_multiplier: float
     spent: tuple[Event, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("name", "device"):
+            text = getattr(self, name)
+            require(text == printable(text, _MOST_LETTERS), name, f"must be at most {_MOST_LETTERS} printable letters")
+        require(bool(_IDENTITY.fullmatch(self.data_set)), "data-set", f"is not an identity: {_shown(self.data_set)}")
+        require(1 <= self.num_records <= _MOST_RECORDS, "num-records", f"is out of range: {self.num_records}")
+        require(self.target_epsilon > 0, "target-epsilon", f"must be positive, got {self.target_epsilon}")
+        require(0 < self.target_delta < 1, "target-delta", f"must be in (0, 1), got {self.target_delta}")
+        for phase in PHASES:
+            noise = getattr(self, f"{phase}_noise_multiplier")
+            enough = _LEAST_NOISE_MULTIPLIER <= noise <= _MOST_NOISE_MULTIPLIER
+            require(enough, f"{phase}-noise-multiplier", f"{noise} is no noise that a budget could allow")
 
 
 @dataclass(frozen=True)
@@ -134,11 +164,12 @@ class TrainRequest:
     importance_measure: str
 
     def __post_init__(self) -> None:
-        require(self.phase in PHASES, "phase", f"unknown value {self.phase!r}")
+        require(self.phase in PHASES, "phase", f"unknown value {_shown(self.phase)}")
         require(self.round >= 1, "round", f"must be at least 1, got {self.round}")
         require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")
         require(self.clipping_norm > 0, "clipping-norm", f"must be positive, got {self.clipping_norm}")
         require(self.learning_rate > 0, "learning-rate", f"must be positive, got {self.learning_rate}")
+        _require_buildable(self.model)
         require_vector(self.weights, "weights")
         if self.gradient_mean is not None:
             require_vector(self.gradient_mean, "gradient-mean", len(self.weights))
@@ -170,6 +201,7 @@ class TrainReply:
     spent: tuple[Event, ...]
 
     def __post_init__(self) -> None:
+        require(self.phase in PHASES, "phase", f"unknown value {_shown(self.phase)}")
         require_vector(self.update, "update")
         if self.importance is not None:
             require_vector(self.importance, "importance")
@@ -209,6 +241,25 @@ def require_vector(array: Array, name: str, length: int | None = None) -> None:
     )
     require(length is None or len(array) == length, name, f"must have {length} entries, got {len(array)}")
     require(bool(np.isfinite(array).all()), name, "must be finite everywhere")
+
+
+def _require_buildable(model: ModelSpec) -> None:
+    require(
+        model.num_classes <= _MOST_CLASSES,
+        "model.num-classes",
+        f"a task has at most {_MOST_CLASSES} classes, not {model.num_classes}",
+    )
+
+
+def printable(text: str, most: int) -> str:
+    """Make a text fit for a terminal, a log or a report, whoever wrote it: one line of at most so many letters."""
+    shortened = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(letter if letter.isprintable() else " " for letter in shortened)
+
+
+def _shown(value: object) -> str:
+    """Quote a value that may be anything, in a few letters."""
+    return reprlib.repr(value)
 
 
 def encode(message: AnyMessage) -> Wire:
@@ -255,13 +306,13 @@ def decode(wire: Wire, expected: type[M]) -> M:
     require(
         version == PROTOCOL_VERSION,
         "protocol-version",
-        f"this side speaks version {PROTOCOL_VERSION}, the other {version!r}; run the same release on both",
+        f"this side speaks version {PROTOCOL_VERSION}, the other {_shown(version)}; run the same release on both",
     )
     kind = values.pop("message", None)
-    require(kind == expected.__name__, "message", f"expected {expected.__name__}, got {kind!r}")
+    require(kind == expected.__name__, "message", f"expected {expected.__name__}, got {_shown(kind)}")
     message = _decode(expected, "", arrays, values)
-    left = sorted([*arrays, *values])
-    require(not left, left[0] if left else "", "there is no such field")
+    left = min([*arrays, *values], default="")
+    require(not arrays and not values, printable(left, _MOST_LETTERS), "there is no such field")
     return message
 
 
@@ -276,6 +327,8 @@ def _decode(kind: type[M], prefix: str, arrays: dict[str, Array], values: dict[s
         elif hint == Array or hint == Array | None:
             found[name] = arrays.pop(key, None)
             require(found[name] is not None or isinstance(hint, types.UnionType), key, "is missing")
+            # NumPy reads a ZIP file as something else than an array
+            require(isinstance(found[name], np.ndarray | None), key, "is not an array")
         else:
             found[name] = _value(key, hint, values)
     try:
@@ -283,7 +336,7 @@ def _decode(kind: type[M], prefix: str, arrays: dict[str, Array], values: dict[s
     except MessageError:
         raise
     except AdaDPIGUError as error:
-        raise MessageError(f"{prefix}{error}", f"{prefix}{error}") from error
+        raise _malformed(f"{prefix}{error}") from error
 
 
 def _value(key: str, hint: Any, values: dict[str, Any]) -> Any:
@@ -291,13 +344,13 @@ def _value(key: str, hint: Any, values: dict[str, Any]) -> Any:
     value = values.pop(key)
     if hint in (int, float, str, bool):
         return _scalar(key, hint, value)
-    require(isinstance(value, list), key, f"must be a list, got {value!r}")
+    require(isinstance(value, list), key, f"must be a list, got {_shown(value)}")
     return tuple(_scalar(key, int, item) for item in value)
 
 
 def _scalar(key: str, hint: type, value: Any) -> Any:
-    require(type(value) is hint, key, f"must be {hint.__name__}, got {value!r}")
-    require(not isinstance(value, float) or math.isfinite(value), key, f"must be finite, got {value!r}")
+    require(type(value) is hint, key, f"must be {hint.__name__}, got {_shown(value)}")
+    require(not isinstance(value, float) or math.isfinite(value), key, f"must be finite, got {value}")
     return value
 
 
@@ -306,10 +359,17 @@ def _decode_events(key: str, values: dict[str, Any]) -> tuple[Event, ...]:
     for column, hint in _EVENT_COLUMNS.items():
         name = f"{key}.{column.replace('_', '-')}"
         items = values.pop(name, None)
-        require(isinstance(items, list), name, f"must be a list, got {items!r}")
+        require(
+            isinstance(items, list), name, "is missing" if items is None else f"must be a list, got {_shown(items)}"
+        )
         columns[column] = [_scalar(name, hint, item) for item in items]
     require(len({len(items) for items in columns.values()}) == 1, key, "has columns of different lengths")
     try:
         return tuple(Event(*row) for row in zip(*columns.values(), strict=True))
     except AdaDPIGUError as error:
-        raise MessageError(f"{key}: {error}", f"{key}: {error}") from error
+        raise _malformed(f"{key}: {error}") from error
+
+
+def _malformed(text: str) -> MessageError:
+    text = printable(text, _MOST_TEXT)
+    return MessageError(text, text)

@@ -17,8 +17,10 @@ def code_fingerprint() -> str:
     root = Path(adadpigu_core.__file__).parent.parent
     digest = hashlib.sha256()
     for package in ("adadpigu_core", "client", "server"):
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        # by name, because paths compare differently from system to system
+        sources = {path.relative_to(root).as_posix(): path for path in (root / package).rglob("*.py")}
+        for name, path in sorted(sources.items()):
+            digest.update(f"{name}\0".encode())
             # an archive or a checkout may have changed the line ends
             digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
     return f"{adadpigu_core.__version__}+{digest.hexdigest()[:12]}"

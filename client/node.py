@@ -21,7 +21,7 @@ from adadpigu_core import archive, masking
 from adadpigu_core.accounting import PRETRAINING, Event, Plan, PlanShape, calibrate
 from adadpigu_core.adaptive_clipping import FixedStatistics, RunningStatistics, Statistics, expand
 from adadpigu_core.datasets import check_records
-from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError, MessageError
+from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
 from adadpigu_core.local_training import LocalUpdate, train_round
@@ -44,6 +44,10 @@ from adadpigu_core.provenance import code_fingerprint
 from client.site import Site
 
 log = logging.getLogger("adadpigu.client")
+
+# Calibration uses a budget up to about a thousandth. Less than this share of it is a rest and not a budget: noise in the
+# hundreds would fit into it, and a run that nobody wants.
+_LEAST_SHARE = 0.01
 
 
 def answer(wire: Wire, site: Site, kind: type[DescribeRequest] | type[TrainRequest]) -> Wire:
@@ -96,6 +100,7 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
     if ledger.plan(request.run) is None:
         with _named_by_the_server():
             asked = _smaller(Target(request.target_epsilon, request.target_delta), site.target)
+            _require_budget(ledger.epsilon(asked.delta), asked)
             shape = PlanShape(
                 request.sampling_probability,
                 request.pretraining_steps,
@@ -220,6 +225,15 @@ def _smaller(one: Target, other: Target) -> Target:
     return Target(min(one.epsilon, other.epsilon), min(one.delta, other.delta))
 
 
+def _require_budget(spent: float, target: Target) -> None:
+    if target.epsilon - spent < _LEAST_SHARE * target.epsilon:
+        text = (
+            f"the privacy budget of this data set is spent: epsilon {spent:.4f} of {target.epsilon:g} at delta "
+            f"{target.delta:g}; nothing is left to train with"
+        )
+        raise BudgetError(text, text)
+
+
 @contextmanager
 def _named_by_the_server() -> Iterator[None]:
     """Say that numbers of a request are out of range: they are the server's own, so the text may travel."""
@@ -269,12 +283,7 @@ def _remember(request: TrainRequest, work: _Work, update: LocalUpdate) -> bytes:
     if request.mask_id:
         arrays[f"mask-{request.mask_id}"] = masking.pack(work.mask)
     if isinstance(update.statistics, RunningStatistics):
-        statistics = update.statistics
-        arrays |= {
-            "mean": statistics.mean.numpy(),
-            "moment": statistics.moment.numpy(),
-            "weight": statistics.weight.numpy(),
-        }
+        arrays |= {name: tensor.numpy() for name, tensor in update.statistics.state().items()}
     return archive.pack(arrays, {})
 
 
@@ -315,14 +324,9 @@ def _statistics(request: TrainRequest, memory: Memory, layout: ParameterLayout) 
     statistics = RunningStatistics.neutral(request.clipping, layout)
     if "moment" not in memory:
         return statistics
-    restored = RunningStatistics(
-        request.clipping,
-        layout,
-        *(torch.from_numpy(memory[name].copy()) for name in ("mean", "moment", "weight")),
+    return statistics.restored(
+        {name: torch.from_numpy(array.copy()) for name, array in memory.items() if not name.startswith("mask-")}
     )
-    fits = (restored.mean.shape, restored.moment.shape) == (statistics.mean.shape, statistics.moment.shape)
-    require(fits, "clipping", "the model or the granularity changed during the run")
-    return restored
 
 
 def _unpack(payload: bytes) -> Wire:

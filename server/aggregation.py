@@ -3,8 +3,12 @@
 A weight is a function of what a client declares: ``precision`` is the inverse variance of its release, so that a client
 with a small budget or few records counts less instead of spoiling the round; ``records`` is the declared number of
 records; ``uniform`` is one. A client that is absent changes the weights and never the noise.
+
+What a client declares also bounds what it can honestly release, ``largest_norm``: clipping bounds the signal, and noise
+of a known size is hardly ever much longer than expected. Left out: everything else against clients that lie.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +16,10 @@ import torch
 from torch import Tensor
 
 from adadpigu_core.exceptions import ConfigurationError
+
+# Honest releases stay within their bound by this much: a declared number of records may be rounded, and the number of
+# records drawn varies.
+_SLACK = 10
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,21 @@ def public_weight(kind: str, *, num_records: int, noise_multiplier: float, sampl
     if kind == "uniform":
         return 1.0
     raise ConfigurationError(f"federation.aggregation: unknown value {kind!r}")
+
+
+def largest_norm(
+    *, clipping_norm: float, sampling_probability: float, noise_stddev: float, num_retained: int, scale: float
+) -> float:
+    """Norm that one released gradient can reach before its mean is added: b (C n / B + ||noise||), with slack.
+
+    Args:
+        clipping_norm: C.
+        sampling_probability: q = B / n.
+        noise_stddev: Of each coordinate of the standardised gradient.
+        num_retained: Number of coordinates with noise.
+        scale: Largest gradient scale b.
+    """
+    return _SLACK * scale * (clipping_norm / sampling_probability + noise_stddev * (math.sqrt(num_retained) + 1))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,10 @@ def run(
         folder.save_checkpoint(*state.dump())
         observer(report)
 
+    if state.round == 0:
+        # the run has an identity from here on, by which clients know their plans, whatever happens in its first round
+        state.optimiser.reset(flatten(model))
+        folder.save_checkpoint(*state.dump())
     strategy = AdaDPIGU(configuration, spec, build(spec, seed=configuration.seed), state, record, wait)
     strategy.start(
         grid,
@@ -107,10 +111,11 @@ def _restore(state: ServerState, configuration: Configuration, folder: RunFolder
     checkpoint = folder.load_checkpoint()
     if checkpoint is None:
         folder.write_text(CONFIGURATION, to_toml(configuration))
-        return
-    if checkpoint[1]["layout"] != state.layout.fingerprint:
-        raise ConfigurationError(f"{folder.path}: its checkpoint belongs to another model; start a new run")
-    state.restore(*checkpoint)
+    else:
+        try:
+            state.restore(*checkpoint)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{folder.path}: {error}") from error
     folder.keep_metrics(state.round)
 
 

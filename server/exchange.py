@@ -5,19 +5,23 @@ answered, so that the reply of a straggler still reaches the tally: its noise wa
 not. A reply belongs to the node that its request was sent to, whatever it says of itself.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from adadpigu_core.exceptions import MessageError
-from adadpigu_core.messages import Wire
-from server.wire import from_content, to_content
+from adadpigu_core.messages import Wire, printable
+from server.wire import from_content
+
+log = logging.getLogger("adadpigu.server")
 
 Wait = Callable[[Iterable[str], float], object]
 _POLL_SECONDS = 0.2
+_MOST_TEXT = 300
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,12 @@ class Exchange:
     def send(self, messages: list[Message], round_number: int) -> None:
         """Send requests without waiting."""
         ids = list(self.grid.push_messages(messages)) if messages else []
-        for message_id, message in zip(ids, messages, strict=False):
-            if message_id:
+        if len(ids) < len(messages):  # together they were too large for Flower
+            ids = [next(iter(self.grid.push_messages([message])), "") for message in messages]
+        for message_id, message in zip(ids, messages, strict=True):
+            if not message_id:
+                log.warning("node %d: Flower did not take a message for it", message.metadata.dst_node_id)
+            else:
                 metadata = message.metadata
                 self._sent[message_id] = Reply(metadata.dst_node_id, round_number, metadata.message_type, None)
                 self._open.add(message_id)
@@ -97,21 +105,39 @@ class Exchange:
         return sorted(replies, key=lambda reply: (reply.round, reply.node))
 
     def _arrived(self) -> list[Message]:
-        messages = list(self.grid.pull_messages(list(self._open))) if self._open else []
+        messages = self._pulled(sorted(self._open)) if self._open else []
         for message in messages:
             self._open.discard(message.metadata.reply_to_message_id)
             self.bytes_up += _bytes(message)
         return messages
 
+    def _pulled(self, ids: list[str]) -> list[Message]:
+        """Pull replies; one that Flower cannot even read must not take the others with it."""
+        try:
+            return list(self.grid.pull_messages(ids))
+        except Exception as error:  # Flower passes on whatever its parsers raise
+            if _is_about_the_network(error):
+                raise
+            if len(ids) > 1:
+                return [message for one in ids for message in self._pulled([one])]
+            log.warning("node %d: its reply cannot be read (%s)", self._sent[ids[0]].node, type(error).__name__)
+            self._open.discard(ids[0])
+            return []
 
-def request(wire: Wire, node: int, message_type: str, round_number: int) -> Message:
-    """Make the message that carries a request."""
-    return Message(to_content(wire), dst_node_id=node, message_type=message_type, group_id=str(round_number))
+
+def request(content: RecordDict, node: int, message_type: str, round_number: int) -> Message:
+    """Make the message that carries a request; several may share a content, which is then held once."""
+    return Message(content, dst_node_id=node, message_type=message_type, group_id=str(round_number))
+
+
+def _is_about_the_network(error: Exception) -> bool:
+    origins = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or not origins.isdisjoint({"httpx", "grpc"})
 
 
 def _filled(sent: Reply, message: Message) -> Reply:
     if message.has_error():
-        return replace(sent, problem=f"error {message.error.code}: {message.error.reason}")
+        return replace(sent, problem=printable(f"error {message.error.code}: {message.error.reason}", _MOST_TEXT))
     try:
         return replace(sent, wire=from_content(message.content))
     except MessageError as error:
@@ -122,7 +148,7 @@ def _bytes(message: Message) -> int:
     """Size of the payload: arrays as they are, values as text, without Flower's envelope."""
     if not message.has_content():
         return 0
-    arrays = (array for record in message.content.array_records.values() for array in record.values())
-    return sum(len(array.data) for array in arrays) + sum(
-        len(f"{key}{value}") for record in message.content.config_records.values() for key, value in record.items()
-    )
+    records = message.content
+    arrays = (array for record in records.array_records.values() for array in record.values())
+    values = (item for record in records.config_records.values() for item in record.items())
+    return sum(len(array.data) for array in arrays) + sum(len(key) + len(str(value)) for key, value in values)

@@ -40,23 +40,30 @@ class ServerOptimiser:
             self._weights.copy_(weights)
         self._optimiser.state.clear()
 
-    def step(self, update: Tensor, mask: Tensor, round_number: int) -> None:
+    def step(self, update: Tensor, mask: Tensor, round_number: int) -> bool:
         """Move the retained coordinates.
 
         Args:
             update: Mean update, [d].
             mask: Coordinates that move, bool [d].
             round_number: From 1; decides on the warm-up.
+
+        Returns:
+            Whether they moved. A step to numbers that are not finite is not taken and leaves no trace.
         """
         warmup = self._settings.warmup_rounds
         rate = self._settings.server_learning_rate * min(1.0, round_number / (warmup + 1))
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        before = self.weights
+        before = self.state()
         self._weights.grad = -update
         self._optimiser.step()
         with torch.no_grad():
-            self._weights.copy_(torch.where(mask, self._weights, before))
+            self._weights.copy_(torch.where(mask, self._weights, before["weights"]))
+        if all(bool(value.isfinite().all()) for value in self.state().values()):
+            return True
+        self.restore(before)
+        return False
 
     def state(self) -> dict[str, Tensor]:
         """Everything, for a checkpoint."""

@@ -6,10 +6,12 @@
     checkpoint.npz   everything that is needed to go on
     result.json      the outcome, when the run is over
 
-Files are replaced in one step, so that a run that is killed leaves whole files.
+Files are replaced in one step, so that a run that is killed leaves whole files. Numbers that are not finite, which
+JSON does not know, are written as null: an epsilon of null is infinite.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -49,28 +51,28 @@ class RunFolder:
 
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file."""
-        self.write_text(name, json.dumps(value, indent=2) + "\n")
+        self.write_text(name, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
     def add_metrics(self, metrics: dict[str, Any]) -> None:
         """Add the line of one round."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(_line(metrics))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read all lines; a line cut short by a crash does not count."""
         lines = []
         if (self.path / METRICS).exists():
-            for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
+            for line in (self.path / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     lines.append(json.loads(line))
-                except json.JSONDecodeError:
+                except ValueError:
                     continue
-        return lines
+        return [line for line in lines if isinstance(line, dict) and "round" in line]
 
     def keep_metrics(self, last_round: int) -> None:
         """Forget lines of rounds after a checkpoint."""
         kept = [line for line in self.metrics() if line["round"] <= last_round]
-        self.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        self.write_text(METRICS, "".join(map(_line, kept)))
 
     def save_checkpoint(self, arrays: dict[str, NDArray[Any]], values: dict[str, Any]) -> None:
         """Replace the checkpoint."""
@@ -97,3 +99,20 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path / name)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, is to outlast a power cut
+        finally:
+            os.close(folder)
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    return json.dumps(_finite(metrics), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -55,6 +55,7 @@ class Importance:
         self._seed = seed
         self.scores: dict[str, Tensor] = {}
         self._rankings: dict[str, Tensor] = {}
+        self._masks: dict[str, tuple[float, Tensor]] = {}
 
     def add(self, data_set: str, scores: Tensor, weight: float) -> None:
         """Take in what one client released, with its public weight."""
@@ -63,16 +64,23 @@ class Importance:
         self.scores[key] = known + weight * scores.double()
 
     def mask(self, data_set: str, ratio: float) -> Tensor | None:
-        """Mask for a data set at a retention ratio, bool [d]; None = everything is retained."""
+        """Mask for a data set at a retention ratio, bool [d]; None = everything is retained.
+
+        Data sets that share a ranking share one tensor.
+        """
         if ratio >= 1:
             return None
         key = data_set if data_set in self.scores else EVERYONE
         if key not in self._rankings:
             self._rankings[key] = self._rank(key)
-        return masking.mask_of(self._rankings[key], ratio)
+        known = self._masks.get(key)
+        if known is None or known[0] != ratio:
+            self._masks[key] = (ratio, masking.mask_of(self._rankings[key], ratio))
+        return self._masks[key][1]
 
     def _rank(self, key: str) -> Tensor:
-        if self._kind == "random":
+        if self._kind == "random" or not self.scores:
+            # without any scores, the order of the layers would be as good as none and look like one
             return torch.randperm(self._d, generator=torch.Generator().manual_seed(self._seed))
         if key in self.scores:
             return rank(self.scores[key])

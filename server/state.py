@@ -1,7 +1,7 @@
 """Where a run stands: everything that the server must not forget between two rounds."""
 
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adadpigu_core.adaptive_clipping import RunningStatistics
-from adadpigu_core.configuration import Configuration
+from adadpigu_core.configuration import Configuration, Value, flatten
+from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.parameters import ParameterLayout
 from server.optimiser import ServerOptimiser
 from server.schedule import Importance
 from server.tally import Tally
 
 _IMPORTANCE, _STATISTICS = "importance.", "statistics."
+# A run may go on with others of these: they decide on nothing that a client has planned for or released.
+_FREE_TO_CHANGE = ("runtime.", "federation.round-timeout", "federation.start-timeout")
 
 
 @dataclass
@@ -34,6 +37,7 @@ class ServerState:
         bytes_up: Payload received.
         bytes_down: Payload sent.
         seconds: Time spent in rounds.
+        settings: Those that must stay the same for the whole run.
     """
 
     run: str
@@ -46,6 +50,7 @@ class ServerState:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    settings: dict[str, Value] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, configuration: Configuration, layout: ParameterLayout) -> "ServerState":
@@ -59,6 +64,9 @@ class ServerState:
             importance=Importance(configuration.pretraining.ranking, d, configuration.seed),
             statistics=RunningStatistics.neutral(configuration.adaptive_clipping.clipping, layout),
             tally=Tally(),
+            settings={
+                key: value for key, value in flatten(configuration).items() if not key.startswith(_FREE_TO_CHANGE)
+            },
         )
 
     def dump(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -66,11 +74,12 @@ class ServerState:
         tensors: dict[str, Tensor] = {
             **self.optimiser.state(),
             **{_IMPORTANCE + key: scores for key, scores in self.importance.scores.items()},
-            **{_STATISTICS + name: getattr(self.statistics, name) for name in ("mean", "moment", "weight")},
+            **{_STATISTICS + name: value for name, value in self.statistics.state().items()},
         }
         values = {
             "run": self.run,
             "layout": self.layout.fingerprint,
+            "settings": self.settings,
             "round": self.round,
             "tally": self.tally.state(),
             "bytes_up": self.bytes_up,
@@ -80,15 +89,30 @@ class ServerState:
         return {name: tensor.numpy() for name, tensor in tensors.items()}, values
 
     def restore(self, arrays: dict[str, NDArray[np.generic]], values: dict[str, Any]) -> None:
-        """Go on from what ``dump`` gave."""
+        """Go on from what ``dump`` gave.
+
+        Raises:
+            ConfigurationError: If that belongs to another model or to other settings.
+        """
+        self._check(values)
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
         self.optimiser.restore(tensors)
         for name, tensor in tensors.items():
             if name.startswith(_IMPORTANCE):
                 self.importance.scores[name.removeprefix(_IMPORTANCE)] = tensor
-        mean, moment, weight = (tensors[_STATISTICS + name] for name in ("mean", "moment", "weight"))
-        self.statistics = replace(self.statistics, mean=mean, moment=moment, weight=weight)
+        self.statistics = self.statistics.restored(
+            {name.removeprefix(_STATISTICS): tensor for name, tensor in tensors.items() if name.startswith(_STATISTICS)}
+        )
         self.tally = Tally.restore(values["tally"])
         self.run, self.round = values["run"], values["round"]
         self.bytes_up, self.bytes_down = values["bytes_up"], values["bytes_down"]
         self.seconds = values["seconds"]
+
+    def _check(self, values: dict[str, Any]) -> None:
+        known = values.get("settings", {})
+        different = [f"{key} = {known.get(key)!r}" for key, value in self.settings.items() if known.get(key) != value]
+        if different:
+            listed = ", ".join(different)
+            raise ConfigurationError(f"its checkpoint belongs to a run with {listed}; use these, or start a new run")
+        if values["layout"] != self.layout.fingerprint:
+            raise ConfigurationError("its checkpoint belongs to another model; start a new run")

@@ -10,32 +10,39 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import reduce
 
-import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
-from adadpigu_core.accounting import PRETRAINING, TRAINING, Event
+from adadpigu_core.accounting import PRETRAINING, TRAINING
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
 from adadpigu_core.exceptions import FederationError, MessageError
-from adadpigu_core.messages import Refusal, TrainReply, decode, encode, kind_of, require
+from adadpigu_core.messages import Refusal, TrainReply, decode, encode, kind_of
 from adadpigu_core.models import ModelSpec
 from adadpigu_core.parameters import assign, flatten
-from server.aggregation import Contribution, aggregate, public_weight
-from server.cohort import Cohort, Member
+from server.aggregation import Contribution, aggregate
+from server.cohort import Cohort
 from server.exchange import Exchange, Reply, Wait, request, sleep
+from server.reception import Expected, Reception
 from server.requests import Asked, Requests, RoundWork
 from server.round_report import RoundReport, ignore
 from server.schedule import Schedule
 from server.state import ServerState
+from server.wire import to_content
 
 log = logging.getLogger("adadpigu.server")
 
 DESCRIBE, TRAIN = "query.describe", "train"
+# A node whose description is lost is asked again after so long, and at the start is waited for that long at least.
+_DESCRIBE_SECONDS = 60.0
+_POLL_SECONDS = 0.5
+# The last round's replies that are late may still come for the tally.
+_SETTLE_SECONDS = 5.0
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -69,7 +76,9 @@ class AdaDPIGU(Strategy):
         self._exchange: Exchange
         self.state = state
         self.cohort = Cohort(state.tally)
-        self._asked: dict[int, Asked] = {}
+        self._reception = Reception(configuration, state, self.cohort)
+        self._expected = Expected(0, {}, Standardisation.identity(state.layout.num_parameters))
+        self._greeted: dict[int, float] = {}
 
     def start(
         self,
@@ -93,7 +102,7 @@ class AdaDPIGU(Strategy):
             evaluate_fn: Evaluates weights on public data, before the first round and as often as configured.
 
         Raises:
-            FederationError: If no client takes part, or none is left.
+            FederationError: If no client takes part, or all have gone and none comes back in time.
         """
         planned = self._configuration.federation.num_rounds
         if num_rounds not in (0, planned):
@@ -102,6 +111,7 @@ class AdaDPIGU(Strategy):
         if self.state.round == 0:
             self._model.load_state_dict(initial_arrays.to_torch_state_dict())
             self.state.optimiser.reset(flatten(self._model))
+        self.summary()
         self._gather(grid, timeout)
         result = Result()
         if self.state.round == 0:
@@ -125,21 +135,31 @@ class AdaDPIGU(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Make the requests of a round, one for each member."""
+        """Make the requests of a round, one for each member that is there."""
         phase, ratio = self._schedule.phase(server_round), self._schedule.ratio(server_round)
-        masks = {member.node: self.state.importance.mask(member.description.data_set, ratio) for member in self.cohort}
-        known = [mask for mask in masks.values() if mask is not None]
         everything = torch.ones(self.state.layout.num_parameters, dtype=torch.bool)
-        union = torch.stack(known).any(dim=0) if known else everything
-        self._standardisation = self._standardise(union, phase)
-        work = RoundWork(server_round, phase, self.state.optimiser.weights, self._standardisation)
+        masks = {
+            member.node: self.state.importance.mask(member.description.data_set, ratio)
+            for member in self.cohort.present
+        }
+        # members may share a tensor, and then share what is made of it
+        distinct = {id(mask): mask for mask in masks.values()}
+        asked = {
+            key: Asked.of(everything if mask is None else mask, named=mask is not None)
+            for key, mask in distinct.items()
+        }
+        union = reduce(torch.logical_or, (each.mask for each in asked.values())) if asked else everything
+        standardisation = self._standardise(union, phase)
+        self._expected = Expected(server_round, {}, standardisation)
+        work = RoundWork(server_round, phase, self.state.optimiser.weights, standardisation)
+        contents: dict[tuple[str, bool], RecordDict] = {}
         messages = []
-        for member in self.cohort:
-            mask = masks[member.node]
-            asked = Asked.of(everything if mask is None else mask, named=mask is not None)
-            self._asked[member.node] = asked
-            wire = encode(self._requests.train(work, asked, send_mask=asked.mask_id != member.mask_id))
-            messages.append(request(wire, member.node, TRAIN, server_round))
+        for member in self.cohort.present:
+            own = self._expected.asked[member.node] = asked[id(masks[member.node])]
+            key = (own.mask_id, own.mask_id != member.mask_id)
+            if key not in contents:
+                contents[key] = to_content(encode(self._requests.train(work, own, send_mask=key[1])))
+            messages.append(request(contents[key], member.node, TRAIN, server_round))
         return messages
 
     def aggregate_train(
@@ -148,14 +168,11 @@ class AdaDPIGU(Strategy):
         """Tally every reply and apply the updates of this round."""
         contributions, refused = [], 0
         for reply in self._exchange.resolve(replies):
-            try:
-                contribution = self._take(reply, server_round)
-            except MessageError as error:
-                log.warning("node %d: its reply cannot be used (%s)", reply.node, error)
-                continue
-            refused += contribution is None and reply.wire is not None and kind_of(reply.wire) == "Refusal"
+            contribution = self._take(reply)
             if contribution is not None:
                 contributions.append(contribution)
+            elif (reply.kind, reply.round) == (TRAIN, server_round) and reply.wire is not None:
+                refused += kind_of(reply.wire) == "Refusal"
         metrics = MetricRecord({"clients": len(contributions), "refused": refused})
         if not contributions:
             log.warning("round %d: no usable update; the model stays as it is", server_round)
@@ -175,21 +192,33 @@ class AdaDPIGU(Strategy):
 
     def _gather(self, grid: Grid, timeout: float) -> None:
         """Wait for the expected number of nodes to describe themselves; go on with fewer after a while."""
-        expected = self._configuration.federation.num_clients
-        deadline = time.monotonic() + self._configuration.federation.start_timeout
-        self._describe(self.cohort.newcomers(grid.get_node_ids()), timeout)
-        while len(self.cohort) + len(self.cohort.refused) < expected and time.monotonic() < deadline:
-            time.sleep(0.5)
-            self._describe(self.cohort.newcomers(grid.get_node_ids()), timeout)
-        if len(self.cohort) < expected:
-            log.warning("%d of %d expected clients take part", len(self.cohort), expected)
+        federation, begun = self._configuration.federation, time.monotonic()
+        registered = begun + federation.start_timeout
+        answered = begun + min(timeout, max(federation.start_timeout, _DESCRIBE_SECONDS))
+        while True:
+            self._greet(grid, _POLL_SECONDS)
+            now, known = time.monotonic(), len(self.cohort) + len(self.cohort.refused)
+            if self._exchange.missing(DESCRIBE, 0):
+                if now >= answered:
+                    break
+            elif known >= federation.num_clients or now >= registered:
+                break
+            else:
+                time.sleep(_POLL_SECONDS)
+        if len(self.cohort) < federation.num_clients:
+            log.warning("%d of %d expected clients take part", len(self.cohort), federation.num_clients)
         self._require_members()
 
-    def _describe(self, nodes: list[int], timeout: float) -> None:
-        asked = set(self._exchange.missing(DESCRIBE, 0))
-        wire = encode(self._requests.describe())
-        self._exchange.send([request(wire, node, DESCRIBE, 0) for node in nodes if node not in asked], 0)
-        if set(nodes) - asked:
+    def _greet(self, grid: Grid, timeout: float) -> None:
+        """Ask newcomers to describe themselves, and wait so long for their answers; later ones come with a round's."""
+        now = time.monotonic()
+        newcomers = self.cohort.newcomers(grid.get_node_ids())
+        nodes = [node for node in newcomers if now - self._greeted.get(node, -math.inf) >= _DESCRIBE_SECONDS]
+        if nodes:
+            content = to_content(encode(self._requests.describe()))
+            self._exchange.send([request(content, node, DESCRIBE, 0) for node in nodes], 0)
+            self._greeted.update(dict.fromkeys(nodes, now))
+        if timeout > 0:
             for reply in self._exchange.resolve(self._exchange.collect(DESCRIBE, 0, timeout)):
                 self._introduce(reply)
 
@@ -199,17 +228,24 @@ class AdaDPIGU(Strategy):
         else:
             log.warning("node %d did not describe itself: %s", reply.node, reply.problem)
 
-    def _require_members(self) -> None:
-        if len(self.cohort):
+    def _require_members(self, grid: Grid | None = None) -> None:
+        """Make sure that somebody is there; wait for a while if members have gone, since they may come back."""
+        deadline = time.monotonic() + self._configuration.federation.start_timeout
+        while grid is not None and len(self.cohort) and not self.cohort.present and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            self._greet(grid, 0.1)
+        if self.cohort.present:
             return
+        if len(self.cohort):
+            raise FederationError("all clients have gone; go on with the run when they are back")
         reasons = sorted({refusal.message or f"code {refusal.code!r}" for refusal in self.cohort.refused.values()})
         raise FederationError("no client takes part: " + ("; ".join(reasons) or "none has registered in time"))
 
     def _round(self, number: int, grid: Grid, timeout: float, evaluate_fn: EvaluateFn | None, result: Result) -> None:
         begun = time.monotonic()
         up, down = self._exchange.bytes_up, self._exchange.bytes_down
-        self._describe(self.cohort.newcomers(grid.get_node_ids()), timeout)
-        self._require_members()
+        self._greet(grid, 0)
+        self._require_members(grid)
         members = len(self.cohort)
         messages = list(self.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
         self._exchange.send(messages, number)
@@ -229,7 +265,7 @@ class AdaDPIGU(Strategy):
                 clients=clients,
                 missing=members - clients - refused,
                 refused=refused,
-                retained=float(self._standardisation.mask.double().mean()),
+                retained=float(self._expected.standardisation.mask.double().mean()),
                 epsilon=self.state.tally.largest_epsilon,
                 bytes_up=self.state.bytes_up,
                 bytes_down=self.state.bytes_down,
@@ -249,89 +285,45 @@ class AdaDPIGU(Strategy):
         return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
     def _settle(self, timeout: float) -> None:
-        """Ask once more for the ledgers of clients whose last reply is missing, so that the tally is complete."""
+        """Wait a little for the last round's late replies, so that the tally is complete."""
         number = self._configuration.federation.num_rounds
-        absent = self._exchange.missing(TRAIN, number)
-        for reply in self._exchange.resolve(self._exchange.collect(TRAIN, number, min(timeout, 5.0)) if absent else []):
-            try:
-                self._take(reply, number + 1)
-            except MessageError as error:
-                log.warning("node %d: its reply cannot be used (%s)", reply.node, error)
+        self._expected = replace(self._expected, round=number + 1)  # whatever comes now is late
+        if self._exchange.missing(TRAIN, number):
+            for reply in self._exchange.resolve(self._exchange.collect(TRAIN, number, min(timeout, _SETTLE_SECONDS))):
+                self._take(reply)
 
     def _standardise(self, mask: Tensor, phase: str) -> Standardisation:
         if phase == TRAINING and self._requests.server_statistics:
             return self.state.statistics.standardisation(mask)
         return replace(Standardisation.identity(len(mask)), mask=mask)
 
-    def _take(self, reply: Reply, server_round: int) -> Contribution | None:
+    def _take(self, reply: Reply) -> Contribution | None:
         """Tally a reply; what is left of it is the contribution to this round, if it is one."""
         if reply.kind == DESCRIBE:
             self._introduce(reply)
-            return None
-        member = self.cohort.get(reply.node)
-        if reply.wire is None:
+        elif reply.wire is None:
             log.warning("node %d did not answer round %d: %s", reply.node, reply.round, reply.problem)
-            return None
-        if kind_of(reply.wire) == "Refusal":
-            self.cohort.refused_round(reply.node, decode(reply.wire, Refusal))
-            return None
-        message = decode(reply.wire, TrainReply)
-        if member is None:
-            self.state.tally.claim(message.data_set, message.spent)
-            return None
-        late = reply.round != server_round
-        event = self._event(member, message.phase)
-        account = self.state.tally[member.description.data_set]
-        account.claim(message.spent, fresh=not late)
-        account.witness(event)
-        if late:
-            log.warning("%s answered round %d too late; it counts in the tally only", account.name, reply.round)
-            return None
-        return self._contribution(message, member, event, server_round)
-
-    def _contribution(self, message: TrainReply, member: Member, event: Event, server_round: int) -> Contribution:
-        asked = self._asked[member.node]
-        require((message.run, message.round) == (self.state.run, server_round), "round", f"is {message.round}")
-        retained = int(asked.mask.sum())
-        require(len(message.update) == retained, "update", f"expected {retained} entries, got {len(message.update)}")
-        weight = self._weight(member, event)
-        if message.phase == PRETRAINING:
-            d = self.state.layout.num_parameters
-            require(
-                message.importance is not None and len(message.importance) == d, "importance", f"expected {d} entries"
-            )
-            self.state.importance.add(
-                member.description.data_set, torch.from_numpy(np.array(message.importance)), weight
-            )
-        member.mask_id, member.refusals = asked.mask_id, 0
-        batch = event.sampling_probability * member.description.num_records
-        noise_stddev = event.noise_multiplier * self._configuration.privacy.clipping_norm / batch
-        return Contribution(
-            torch.from_numpy(message.update.copy()), asked.mask, weight, noise_stddev / math.sqrt(event.count)
-        )
-
-    def _event(self, member: Member, phase: str) -> Event:
-        """What a client's round costs, by its own description."""
-        described = member.description
-        noise = described.pretraining_noise_multiplier if phase == PRETRAINING else described.training_noise_multiplier
-        probability = self._configuration.privacy.sampling_probability
-        return Event(phase, noise, probability, self._configuration.federation.local_steps)
-
-    def _weight(self, member: Member, event: Event) -> float:
-        return public_weight(
-            self._configuration.federation.aggregation,
-            num_records=member.description.num_records,
-            noise_multiplier=event.noise_multiplier,
-            sampling_probability=event.sampling_probability,
-        )
+        else:
+            late = reply.round != self._expected.round
+            try:
+                if kind_of(reply.wire) != "Refusal":
+                    message = decode(reply.wire, TrainReply)
+                    return self._reception.take(reply.node, reply.round, message, self._expected)
+                self.cohort.refused_round(reply.node, decode(reply.wire, Refusal), fresh=not late)
+            except MessageError as error:
+                # to go on asking would be to spend a budget on what cannot be used
+                self.cohort.refused_round(reply.node, Refusal(error.code, str(error), "", ()), fresh=not late)
+        return None
 
     def _apply(self, contributions: list[Contribution], server_round: int) -> None:
         """Move the weights and learn the statistics."""
         combined = aggregate(contributions)
-        self.state.optimiser.step(combined.update, combined.mask, server_round)
+        if not self.state.optimiser.step(combined.update, combined.mask, server_round):
+            log.warning("round %d: the step leads beyond all numbers; the model stays as it is", server_round)
+            return
         if self._schedule.phase(server_round) == PRETRAINING or not self._requests.server_statistics:
             return
         steps, rate = self._configuration.federation.local_steps, self._configuration.optimiser.local_learning_rate
         gradient = -combined.update / (rate * steps)
-        noise_stddev = combined.noise_stddev * self._standardisation.scale
+        noise_stddev = combined.noise_stddev * self._expected.standardisation.scale
         self.state.statistics = self.state.statistics.updated(gradient, noise_stddev, combined.mask)

@@ -2,17 +2,28 @@
 
 Each reply carries the client's whole ledger in summary. The tally keeps the largest count seen of every event, so that
 a lost reply is made good by the next; recomputes every epsilon from the events; and flags a client whose summary
-shrinks, or holds less than the rounds that it has answered. The tally watches; what protects a client is its ledger.
+shrinks, holds less than the rounds that it has answered, or exceeds its budget. An account takes in only what came
+from its own client: who that is, is for the caller to know. The tally watches; what protects a client is its ledger.
 """
 
+import logging
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from adadpigu_core.accounting import Event, epsilon, merge
-from adadpigu_core.messages import Description
+from adadpigu_core.messages import MOST_STEPS, Description
+
+log = logging.getLogger("adadpigu.server")
 
 _Kind = tuple[str, float, float]
+
+# A ledger beyond these is taken for infinite, not for hours of accounting.
+_MOST_KINDS = 500
+_MOST_RELEASES = MOST_STEPS
+_LEAST_SAMPLING_PROBABILITY = 1e-9
+_MOST_NOISE_MULTIPLIER = 1e12
 
 
 @dataclass
@@ -29,6 +40,7 @@ class Account:
         witnessed: What the replies of this run alone amount to.
         releases: Number of rounds that it has answered in this run.
         warnings: What does not add up.
+        countable: Whether its events can be accounted for; if not, its epsilon is infinite.
     """
 
     data_set: str
@@ -40,6 +52,7 @@ class Account:
     witnessed: dict[_Kind, int] = field(default_factory=dict)
     releases: int = 0
     warnings: list[str] = field(default_factory=list)
+    countable: bool = True
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -48,8 +61,14 @@ class Account:
 
     @property
     def epsilon(self) -> float:
-        """Epsilon spent, recomputed from the events."""
-        return epsilon(self.events, self.target_delta)
+        """Epsilon spent, recomputed from the events; infinite if they cannot be accounted for."""
+        if not self.countable:
+            return math.inf
+        try:
+            return epsilon(self.events, self.target_delta)
+        except (ArithmeticError, ValueError) as error:  # some client's numbers are beyond dp_accounting's arithmetic
+            log.warning("%s: its events cannot be accounted for (%s)", self.name or self.data_set, error)
+            return math.inf
 
     def claim(self, spent: Iterable[Event], *, fresh: bool = True) -> None:
         """Take in a summary of the ledger.
@@ -59,6 +78,10 @@ class Account:
             fresh: Whether it was made now; a late or repeated one may rightly show less.
         """
         claimed = {_kind(event): event.count for event in merge(spent)}
+        if not _is_countable(claimed) or len(claimed.keys() | self.counts.keys()) > _MOST_KINDS:
+            self._warn("its ledger shows events that cannot be accounted for")
+            self.countable = False
+            return
         if fresh and any(claimed.get(kind, 0) < known for kind, known in self.counts.items()):
             self._warn("its ledger shows fewer releases than before: was a backup restored?")
         for kind, count in claimed.items():
@@ -73,6 +96,22 @@ class Account:
             self._warn("its ledger admits to fewer releases than have arrived")
             self.counts[kind] = self.witnessed[kind]
 
+    def report(self) -> dict[str, Any]:
+        """Give the account in a form from which anyone can recompute its epsilon."""
+        spent = self.epsilon
+        if spent > self.target_epsilon:
+            self._warn("it has spent more than its budget")
+        return {
+            "data_set": self.data_set,
+            "num_records": self.num_records,
+            "target_epsilon": self.target_epsilon,
+            "delta": self.target_delta,
+            "epsilon": spent,
+            "releases": self.releases,
+            "events": [asdict(event) for event in self.events],
+            "warnings": list(self.warnings),
+        }
+
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
@@ -82,6 +121,13 @@ def _kind(event: Event) -> _Kind:
     return event.phase, event.noise_multiplier, event.sampling_probability
 
 
+def _is_countable(counts: dict[_Kind, int]) -> bool:
+    return sum(counts.values()) <= _MOST_RELEASES and all(
+        noise <= _MOST_NOISE_MULTIPLIER and probability >= _LEAST_SAMPLING_PROBABILITY
+        for _, noise, probability in counts
+    )
+
+
 class Tally:
     """The accounts of all data sets."""
 
@@ -89,24 +135,12 @@ class Tally:
         self._accounts: dict[str, Account] = {}
 
     def open(self, description: Description) -> Account:
-        """Open the account of a client that takes part, or go on with it."""
-        account = self._accounts.setdefault(
-            description.data_set,
-            Account(
-                description.data_set,
-                description.name,
-                description.num_records,
-                description.target_epsilon,
-                description.target_delta,
-            ),
-        )
+        """Open the account of a client that takes part, or go on with it under what it says of itself now."""
+        facts = {name: getattr(description, name) for name in ("name", "num_records", "target_epsilon", "target_delta")}
+        account = self._accounts.setdefault(description.data_set, Account(description.data_set, **facts))
+        vars(account).update(facts)
         account.claim(description.spent)
         return account
-
-    def claim(self, data_set: str, spent: Iterable[Event]) -> None:
-        """Take in a summary that came with a refusal; of a data set that never took part nothing is kept."""
-        if data_set in self._accounts:
-            self._accounts[data_set].claim(spent)
 
     def __getitem__(self, data_set: str) -> Account:
         return self._accounts[data_set]
@@ -122,19 +156,12 @@ class Tally:
         return max((account.epsilon for account in self._accounts.values()), default=0.0)
 
     def report(self) -> list[dict[str, Any]]:
-        """Give every account in a form from which anyone can recompute its epsilon."""
+        """Give every account; its id is its name, or its data set where names are missing or shared."""
         names = [account.name for account in self.accounts]
         return [
             {
                 "id": account.name if account.name and names.count(account.name) == 1 else account.data_set,
-                "data_set": account.data_set,
-                "num_records": account.num_records,
-                "target_epsilon": account.target_epsilon,
-                "delta": account.target_delta,
-                "epsilon": account.epsilon,
-                "releases": account.releases,
-                "events": [asdict(event) for event in account.events],
-                "warnings": account.warnings,
+                **account.report(),
             }
             for account in self.accounts
         ]
@@ -142,7 +169,12 @@ class Tally:
     def state(self) -> list[dict[str, Any]]:
         """Everything, for a checkpoint."""
         return [
-            {**vars(account), "counts": _rows(account.counts), "witnessed": _rows(account.witnessed)}
+            {
+                **vars(account),
+                "counts": _rows(account.counts),
+                "witnessed": _rows(account.witnessed),
+                "warnings": list(account.warnings),
+            }
             for account in self.accounts
         ]
 
@@ -151,8 +183,8 @@ class Tally:
         """Go on from a checkpoint."""
         tally = cls()
         for entry in state:
-            account = Account(**{**entry, "counts": _from_rows(entry["counts"])})
-            account.witnessed = _from_rows(entry["witnessed"])
+            rows = {name: _from_rows(entry[name]) for name in ("counts", "witnessed")}
+            account = Account(**{**entry, **rows})
             tally._accounts[account.data_set] = account
         return tally
 

@@ -2,10 +2,11 @@
 
 from typing import cast
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
 
 from adadpigu_core.exceptions import MessageError
-from adadpigu_core.messages import Wire, WireValue
+from adadpigu_core.messages import Wire, WireValue, printable
 
 
 def to_content(wire: Wire) -> RecordDict:
@@ -23,10 +24,12 @@ def from_content(content: RecordDict) -> Wire:
     """
     arrays, values = content.array_records.get("arrays"), content.config_records.get("values")
     if arrays is None or values is None or len(content) != 2:
-        text = f"message: expected the records 'arrays' and 'values', got {sorted(content)}"
+        text = printable(f"message: expected the records 'arrays' and 'values', got {sorted(content)}", 300)
         raise MessageError(text, text)
     try:
         unpacked = {name: array.numpy() for name, array in arrays.items()}
-    except (ValueError, TypeError, EOFError) as error:
+    except Exception as error:  # numpy and zipfile raise a dozen types on bytes that somebody else made
         raise MessageError("message: an array is damaged", "message: an array is damaged") from error
+    if not all(isinstance(array, np.ndarray) for array in unpacked.values()):  # numpy opens archives as well
+        raise MessageError("message: an array is an archive", "message: an array is an archive")
     return Wire(unpacked, cast(dict[str, WireValue], dict(values)))

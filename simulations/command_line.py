@@ -1,6 +1,7 @@
 """The command ``adadpigu``."""
 
 import logging
+import shlex
 import sys
 import tomllib
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from adadpigu_core.configuration import Value, read_toml, settings
@@ -37,7 +39,7 @@ _SIMULATE = """Run a whole federation on this machine: the real clients and the 
       a smaller budget, more clients
 
   adadpigu simulate --config simulations/experiments/mnist.toml --output runs/mnist
-      settings from a file; nested tables, e.g. [privacy] target-epsilon = 4.0
+      settings from a file; nested tables, e.g. \\[privacy] target-epsilon = 4.0
 
   adadpigu simulate -c task.dataset=npz:mine.npz
       your own arrays x_train, y_train, x_test, y_test
@@ -104,29 +106,35 @@ def _simulate(
         with progressing(console, configuration.federation.num_rounds, simulation.done) as progress:
             result = engines.simulate(simulation, engine, progress.show)
     except KeyboardInterrupt:
-        console.print(f"Interrupted. Go on with: adadpigu simulate --resume {simulation.folder.path}", soft_wrap=True)
+        _say(console, f"Interrupted. Go on with: adadpigu simulate --resume {shlex.quote(str(simulation.folder.path))}")
         raise typer.Exit(130) from None
     show_result(console, result)
-    console.print(f"The run is in {simulation.folder.path}", soft_wrap=True, highlight=False)
+    _say(console, f"The run is in {simulation.folder.path}")
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a line as it is: paths may hold brackets, and are copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _introduce(console: Console, simulation: engines.Simulation) -> None:
     configuration = simulation.configuration
     federation, privacy = configuration.federation, configuration.privacy
     smallest, largest = min(simulation.records), max(simulation.records)
-    console.print(
+    _say(
+        console,
         f"{federation.num_clients} clients with {smallest} to {largest} records of {configuration.task.dataset}; "
         f"each may spend epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} "
         f"over {federation.num_rounds} rounds.",
-        highlight=False,
     )
     if simulation.done:
-        console.print(f"Going on after round {simulation.done} of {federation.num_rounds}.", highlight=False)
+        _say(console, f"Going on after round {simulation.done} of {federation.num_rounds}.")
     elif privacy.ledger_dir:
-        console.print(f"Ledgers: {privacy.ledger_dir}; what was spent there before counts.", soft_wrap=True)
+        _say(console, f"Ledgers: {privacy.ledger_dir}; what was spent there before counts.")
     else:
-        console.print(
-            "Ledgers: new ones in the run folder, so that budgets start afresh (privacy.ledger-dir keeps them)."
+        _say(
+            console,
+            "Ledgers: new ones in the run folder, so that budgets start afresh (privacy.ledger-dir keeps them).",
         )
 
 

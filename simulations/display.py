@@ -6,8 +6,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from adadpigu_core.accounting import PHASES
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -58,19 +61,22 @@ class _Bar:
 class _Lines:
     def __init__(self, console: Console, num_rounds: int, done: int) -> None:
         self._console, self._total, self._done = console, num_rounds, done
-        self._begun = self._last = time.monotonic()
+        self._begun = self._last = 0.0
         self._accuracy = "-"
 
     def show(self, metrics: dict[str, Any]) -> None:
         self._accuracy = _accuracy(metrics) or self._accuracy
         now, number = time.monotonic(), metrics["round"]
-        if now - self._last < _SECONDS_BETWEEN_LINES and number not in (self._done + 1, self._total):
+        done = number - self._done - 1  # the first round of a process waits for workers, and says nothing of the others
+        if done == 0:
+            self._begun = now
+        if now - self._last < _SECONDS_BETWEEN_LINES and done and number != self._total:
             return
         self._last = now
-        left = (now - self._begun) / max(1, number - self._done) * (self._total - number)
+        left = f"  left {(now - self._begun) / done * (self._total - number):.0f} s" if done else ""
         self._console.print(
             f"{metrics['phase']:<11} round {number}/{self._total}  accuracy {self._accuracy}  "
-            f"epsilon {metrics['epsilon']:.2f}  left {left:.0f} s",
+            f"epsilon {metrics['epsilon']:.2f}{left}",
             highlight=False,
         )
 
@@ -84,31 +90,31 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     console.print(_clients(result["clients"]))
     for client in result["clients"]:
         for warning in client["warnings"]:
-            console.print(f"[yellow]{client['id']}: {warning}[/yellow]")
+            console.print(f"[yellow]{escape(client['id'])}: {escape(warning)}[/yellow]", soft_wrap=True)
     for refusal in result["refused"]:
         reason = refusal["message"] or f"code {refusal['code']!r}; its own log says more"
-        console.print(f"[yellow]node {refusal['node']} did not take part: {reason}[/yellow]")
+        console.print(f"[yellow]node {refusal['node']} did not take part: {escape(reason)}[/yellow]", soft_wrap=True)
     console.print(
         f"Accuracy on held-out test data [bold]{result['accuracy']:.4f}[/bold] after {result['rounds']} rounds "
         f"in {result['seconds']:.0f} s; {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down.",
         highlight=False,
+        soft_wrap=True,
     )
 
 
 def _clients(clients: list[dict[str, Any]]) -> Table:
-    table = Table(title="Privacy spent by each client (one record, add-or-remove-one)")
+    deltas = sorted({f"{client['delta']:g}" for client in clients})
+    table = Table(title=f"Privacy spent by each client (one record, add-or-remove-one, delta {' or '.join(deltas)})")
     table.add_column("client")
-    for heading in ("records", "noise multiplier", "epsilon spent", "of target", "at delta", "releases"):
+    for heading in ("records", "noise multiplier", "epsilon spent of target", "releases"):
         table.add_column(heading, justify="right")
     for client in clients:
         noise = {event["phase"]: f"{event['noise_multiplier']:.3f}" for event in client["events"]}
         table.add_row(
             client["id"],
             str(client["num_records"]),
-            " / ".join(dict.fromkeys(noise[phase] for phase in ("pretraining", "training") if phase in noise)),
-            f"{client['epsilon']:.3f}",
-            f"{client['target_epsilon']:g}",
-            f"{client['delta']:g}",
+            " / ".join(dict.fromkeys(noise[phase] for phase in PHASES if phase in noise)),
+            f"{client['epsilon']:.3f} of {client['target_epsilon']:g}",
             str(sum(event["count"] for event in client["events"])),
         )
     return table

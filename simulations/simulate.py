@@ -57,6 +57,7 @@ def prepare(flat: Mapping[str, Value]) -> Simulation:
     ledgers = configuration.privacy.ledger_dir
     configuration = replace(
         configuration,
+        task=replace(configuration.task, dataset=_absolute(configuration.task.dataset)),
         runtime=replace(configuration.runtime, output=str(folder)),
         privacy=replace(
             configuration.privacy, ledger_dir=str(Path(ledgers).expanduser().absolute()) if ledgers else ""
@@ -103,8 +104,9 @@ def simulate(simulation: Simulation, engine: str, show: Show) -> dict[str, Any]:
     workers = configuration.runtime.workers or min(os.cpu_count() or 1, num_clients)
 
     def observe(report: RoundReport) -> None:
-        metrics = asdict(report)
-        show({**metrics, **metrics.pop("metrics")})
+        line = asdict(report)
+        evaluated = line.pop("metrics")
+        show({**line, **evaluated})
 
     with InProcessGrid("client.app:app", nodes, flatten(configuration), num_workers=workers) as grid:
         return run_server(grid, configuration, simulation.folder, observe, grid.wait)
@@ -136,6 +138,12 @@ def _through_flower(simulation: Simulation, show: Show) -> dict[str, Any]:
     if not result.exists():
         raise flower_engine.FlowerRunError(f"the run ended without writing {result}")
     return dict(json.loads(result.read_text(encoding="utf-8")))
+
+
+def _absolute(dataset: str) -> str:
+    """Name the user's own file so that the run can go on from another directory, and has the same ledgers there."""
+    path = dataset.removeprefix(datasets.NPZ_PREFIX)
+    return f"{datasets.NPZ_PREFIX}{Path(path).expanduser().absolute()}" if path not in ("", dataset) else dataset
 
 
 def _default_output(configuration: Configuration) -> str:

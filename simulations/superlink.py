@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,13 @@ def start(folder: Path, environment: Mapping[str, str]) -> Iterator["SuperLink"]
     command = ["flower-superlink", "--insecure", "--simulation", "--host", address[0], "--port", str(address[1])]
     with (folder / "superlink.log").open("wb") as log:
         process = _launch(command, folder, environment, log.fileno())
+    link = SuperLink(process, folder, environment)
     try:
-        link = SuperLink(process, folder, environment)
         link.await_start(address)
         yield link
     finally:
-        process_tree.end_groups(process_tree.descendant_groups(process.pid), _END_PATIENCE_S)
+        link.note_groups()
+        process_tree.end_groups(link.groups, _END_PATIENCE_S)
         process.wait()
 
 
@@ -86,11 +87,23 @@ def _free_address() -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class SuperLink:
-    """A running SuperLink, asked through Flower's command line."""
+    """A running SuperLink, asked through Flower's command line.
+
+    Args:
+        process: The SuperLink itself.
+        folder: Where its log is, and the empty folder that all processes start in.
+        environment: Of the SuperLink and of the commands.
+        groups: Process groups that were seen to come from it.
+    """
 
     process: "subprocess.Popen[bytes]"
     folder: Path
     environment: Mapping[str, str]
+    groups: set[int] = field(default_factory=set)
+
+    def note_groups(self) -> None:
+        """Remember who comes from the SuperLink. Should it be killed, they could not be found any more."""
+        self.groups.update(process_tree.descendant_groups(self.process.pid))
 
     def await_start(self, address: tuple[str, int]) -> None:
         """Wait until the server answers."""
@@ -116,6 +129,7 @@ class SuperLink:
             if time.monotonic() > deadline:
                 raise self._error("the run did not end in time", run_id)
             if time.monotonic() >= next_look:
+                self.note_groups()
                 status, details = self._look(run_id)
                 if status == "finished:completed":
                     return

@@ -164,7 +164,9 @@ def test_extreme_events_are_accounted_in_bounded_time_and_never_understated():
     exact = gaussian_epsilon(1 / math.sqrt(1000), DELTA)
     assert exact <= epsilon([event(1.0, 1.0, 1000)], DELTA) <= exact * (1 + SLACK)
     assert epsilon([event(0.2, 1.0, 1000)], DELTA) == math.inf
-    assert epsilon([event(0.1, 1.0, 10**9)], DELTA) == math.inf
+    assert epsilon([event(0.1313, 1.0, 21)], 7e-4) > gaussian_epsilon(0.1313 / math.sqrt(21), 7e-4)
+    assert epsilon([event(0.1, 1.0, 10**6)], DELTA) == math.inf
+    assert epsilon([event(1e9, 0.1, 10**12)], DELTA) == math.inf
     assert epsilon([event(1e12, 1e-6, 10**6)], DELTA) < 1e-4
 
 
@@ -388,9 +390,9 @@ def test_nothing_left_is_said():
 
 
 def test_too_little_left_is_said():
-    spent = [event(100.0, 1.0)]
+    spent = [event(74.0, 1.0)]
     with pytest.raises(BudgetError, match="too little of the privacy budget is left") as caught:
-        calibrate(PlanShape(1.0, 0, 10**8, 0.5), 0.1, DELTA, spent)
+        calibrate(PlanShape(1.0, 0, 10**5, 0.5), 0.039, DELTA, spent)
     assert caught.value.public_message == str(caught.value)
 
 
@@ -409,6 +411,7 @@ def test_too_little_left_is_said():
         ({"pretraining_steps": 0.5}, "pretraining_steps"),
         ({"training_steps": 0}, "training_steps"),
         ({"training_steps": 2.0}, "training_steps"),
+        ({"training_steps": 10**12}, "training_steps"),
         ({"pretraining_share": 0.0}, "pretraining_share"),
         ({"pretraining_share": 1.0}, "pretraining_share"),
         ({"pretraining_share": 5e-324}, "pretraining_share"),

@@ -234,14 +234,46 @@ def test_the_scale_has_a_floor():
     assert torch.allclose(scale, expected)
 
 
+@pytest.mark.parametrize("granularity", ["layer", "row", "coordinate"])
+def test_where_noise_explains_the_differences_all_scales_are_one(granularity):
+    torch.manual_seed(0)
+    chosen = AdaptiveClipping(rule="energy", granularity=granularity)
+    worst = []
+    for _ in range(20):
+        releases = [0.1 + torch.randn(D) for _ in range(10)]
+        scale = learnt(chosen, releases, noise_stddev=torch.ones(D)).standardisation(ALL).scale
+        worst.append(float((scale - 1).abs().max()))
+    # without the pull, estimates of a few coordinates are off by more than themselves
+    assert sorted(worst)[len(worst) // 2] < 0.3
+
+
+def test_differences_beyond_the_noise_are_kept():
+    torch.manual_seed(0)
+    signal = torch.where(LAYERS == 2, 7.0, 1.0)
+    releases = [signal + 0.1 * torch.randn(D) for _ in range(10)]
+    chosen = AdaptiveClipping(rule="energy", granularity="layer")
+    scale = learnt(chosen, releases, noise_stddev=torch.full((D,), 0.1)).standardisation(ALL).scale
+    assert float(scale[LAYERS == 2][0] / scale[0]) == pytest.approx(7, rel=0.1)
+
+
 def test_negative_energy_is_at_the_floor():
-    released, noise_stddev = torch.full((D,), 3.0), torch.full((D,), 1.0)
-    noise_stddev[LAYERS == 0] = 5.0
+    released, noise_stddev = torch.full((D,), 30.0), torch.full((D,), 1.0)
+    released[LAYERS == 0], noise_stddev[LAYERS == 0] = 3.0, 5.0
     statistics = learnt(AdaptiveClipping(rule="energy", floor=0.5), [released], noise_stddev=noise_stddev)
     assert statistics.moment[0] < 0
     scale = statistics.standardisation(ALL).scale
-    # 0 on 6 coordinates and sqrt(8) on 8: mean sqrt(8) 8 / 14, floor half of it
-    assert float(scale[0] / scale[-1]) == pytest.approx(0.5 * 8 / 14)
+    # 0 on 6 coordinates and about 30 on 8: mean 30 * 8 / 14, floor half of it
+    assert float(scale[0] / scale[-1]) == pytest.approx(0.5 * 8 / 14, rel=1e-3)
+
+
+def test_the_floor_is_a_share_of_the_mean_over_retained_coordinates():
+    released = torch.full((D,), 1e-9)
+    released[0], released[LAYERS == 2] = 1.0, 100.0
+    chosen = AdaptiveClipping(rule="energy", granularity="coordinate", floor=0.1)
+    mask = LAYERS == 0
+    scale = learnt(chosen, [released]).standardisation(mask).scale
+    # 1 on one coordinate of 6: mean 1 / 6; the large ones are not retained
+    assert float(scale[1] / scale[0]) == pytest.approx(0.1 / 6)
 
 
 def test_granularity_says_what_shares_a_scale():
@@ -262,18 +294,23 @@ def test_only_retained_coordinates_are_pooled():
     released[0] = 4.0
     scale = learnt(AdaptiveClipping(rule="energy"), [released], mask).standardisation(mask).scale
     assert float(scale[0] / scale[-1]) == pytest.approx(4)
+    # the same if the others were retained before
+    chosen = AdaptiveClipping(rule="energy", granularity="coordinate", shrinkage=1.0)
+    scale = learnt(chosen, [released]).standardisation(mask).scale
+    assert float(scale[0] / scale[-1]) == pytest.approx(4)
 
 
 @pytest.mark.parametrize("granularity", ["row", "coordinate"])
-@pytest.mark.parametrize("retained", [1.0, 0.5])
-def test_full_shrinkage_is_the_layer(granularity, retained):
+@pytest.mark.parametrize(("retained", "noise"), [(1.0, 0.0), (0.5, 0.0), (1.0, 0.5)])
+def test_full_shrinkage_is_the_layer(granularity, retained, noise):
     mask = torch.rand(D, generator=torch.Generator().manual_seed(3)) < retained
-    releases = random_releases(4)
+    releases, noise_stddev = random_releases(4), torch.full((D,), noise)
     fine = AdaptiveClipping(rule="energy", granularity=granularity, shrinkage=1.0)
     coarse = AdaptiveClipping(rule="energy", granularity="layer")
-    one = learnt(fine, releases, mask).standardisation(mask).scale
-    other = learnt(coarse, releases, mask).standardisation(mask).scale
+    one = learnt(fine, releases, mask, noise_stddev).standardisation(mask).scale
+    other = learnt(coarse, releases, mask, noise_stddev).standardisation(mask).scale
     assert torch.allclose(one[mask], other[mask], rtol=1e-5)
+    assert not torch.allclose(one[mask], torch.ones(1), rtol=0.01)
 
 
 def test_half_shrinkage_is_half_way():
@@ -386,3 +423,29 @@ def test_the_papers_variance_is_clamped():
     assert large.tolist() == pytest.approx([1e3] * D)
     still = learnt(chosen, [torch.zeros(D)] * 20_000).standardisation(ALL).scale
     assert still.tolist() == pytest.approx([1e-3] * D)
+
+
+# ---- across rounds
+
+
+@pytest.mark.parametrize("rule", ["energy", "paper"])
+def test_statistics_go_on_from_their_state(rule):
+    chosen = AdaptiveClipping(rule=rule, granularity="row", centre=True)
+    releases = random_releases(6)
+    whole = learnt(chosen, releases).standardisation(ALL)
+    resumed = RunningStatistics.neutral(chosen, LAYOUT).restored(learnt(chosen, releases[:3]).state())
+    for released in releases[3:]:
+        resumed = resumed.updated(released, NO_NOISE, ALL)
+    assert torch.equal(resumed.standardisation(ALL).scale, whole.scale)
+    assert torch.equal(resumed.standardisation(ALL).mean, whole.mean)
+
+
+def test_the_state_of_another_granularity_is_refused():
+    state = learnt(AdaptiveClipping(rule="energy", granularity="row"), random_releases(1)).state()
+    other = RunningStatistics.neutral(AdaptiveClipping(rule="energy", granularity="layer"), LAYOUT)
+    with pytest.raises(MessageError, match="granularity"):
+        other.restored(state)
+    with pytest.raises(MessageError, match="granularity"):
+        RunningStatistics.neutral(AdaptiveClipping(rule="energy", granularity="row"), LAYOUT).restored(
+            {name: value for name, value in state.items() if name != "weight"}
+        )

@@ -150,6 +150,22 @@ def test_the_sum_is_exactly_zero_on_frozen_coordinates(
     assert not total[~standardisation.mask].any()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
+def test_gradients_whose_squares_leave_the_range_of_float32_are_clipped_like_others(
+    make_model, make_records, contributions_of, size
+):
+    model = make_model("linear")
+    with torch.no_grad():
+        model.weight.zero_()
+    standardisation = Standardisation(torch.arange(21) < 18, torch.zeros(21), torch.ones(21))  # without the bias
+    records = make_records("linear", 3, size=size)
+    unclipped = [float(c.norm()) for c in contributions_of(model, records, standardisation, math.inf)]
+    result = clipped_sum(model, F.cross_entropy, records, standardisation, 0.1 * size)
+    assert result.norms.tolist() == pytest.approx(unclipped, rel=1e-5)
+    assert min(unclipped) > 0.1 * size
+    assert close(result.total, sum(contributions_of(model, records, standardisation, 0.1 * size)), 0.3 * size)
+
+
 # ---- broken records
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adadpigu_core.exceptions import ConfigurationError, MessageError
-from adadpigu_core.masking import NUM_STEPS, SCHEDULES, mask_of, pack, retention_ratio, unpack
+from adadpigu_core.masking import NUM_STEPS, SCHEDULES, fingerprint, mask_of, pack, retention_ratio, unpack
 
 ratios = st.floats(1e-3, 1)
 progress = st.floats(-0.5, 2)
@@ -47,9 +47,9 @@ def test_steps_are_equal_and_start_on_time():
     # 3/5 and the like are not exact in binary: a step must not come one round late for it
     values = [retention_ratio("step", 0.5, 1.0, step / NUM_STEPS) for step in range(NUM_STEPS + 1)]
     assert np.diff(values) == pytest.approx([0.1] * NUM_STEPS)
-    for time in (lambda i: i * 0.1, lambda i: i / 10):
-        rounds = [retention_ratio("step", 0.5, 1.0, time(i)) for i in range(11)]
-        assert rounds == pytest.approx([0.5 + 0.1 * (i // 2) for i in range(11)])
+    assert 7 * (1 / 35) * 5 < 1
+    rounds = [retention_ratio("step", 0.5, 1.0, i * (1 / 35)) for i in range(36)]
+    assert rounds == pytest.approx([0.5 + 0.1 * (i // 7) for i in range(36)])
 
 
 @pytest.mark.parametrize(("initial", "final"), [(0.6, 0.5), (0, 0.5), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 0.5)])
@@ -118,3 +118,9 @@ def test_bits_of_another_shape_or_type_are_refused(bits, num_parameters):
 def test_bits_that_retain_nothing_or_too_much_are_refused(bits):
     with pytest.raises(MessageError, match="between 1 and 9"):
         unpack(np.array(bits, dtype=np.uint8), 9)
+
+
+def test_a_fingerprint_tells_masks_apart():
+    masks = [torch.arange(20) < k for k in range(1, 21)]
+    assert len({fingerprint(mask) for mask in masks}) == 20
+    assert fingerprint(masks[3]) == fingerprint(masks[3].clone())

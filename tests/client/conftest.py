@@ -147,8 +147,8 @@ class Node:
 
 @pytest.fixture
 def make_node(tmp_path):
-    def make(**config):
-        return Node(tmp_path, **config)
+    def make(folder=tmp_path, **config):
+        return Node(folder, **config)
 
     return make
 

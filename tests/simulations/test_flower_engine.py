@@ -89,11 +89,12 @@ def mark(monkeypatch):
 
 
 def processes_with(mark):
-    found = []
+    """Command lines by process id, without those that have ended and wait to be collected."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if int(folder.name) != os.getpid() and mark in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" "))
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
     return found
 
 
@@ -225,7 +226,7 @@ class TestRun:
         assert {client["file"] for client in result["clients"]} == {str(bundle / "client" / "app.py")}
         assert all(client["files here"] == [] for client in result["clients"])
         assert len(polls) > 5
-        assert processes_with(mark) == []
+        assert processes_with(mark) == {}
         assert not bundle.exists()
 
     def test_failing_server_is_an_error_with_its_log(self, toy_app, mark):
@@ -234,30 +235,35 @@ class TestRun:
         assert "ValueError: a reason to fail" in str(caught.value)
         assert "server/app.py" in str(caught.value), "the log holds the traceback"
         assert "\x1b" not in str(caught.value)
-        assert processes_with(mark) == []
+        assert processes_with(mark) == {}
 
     def test_run_that_flower_refuses_is_an_error(self, toy_app, mark):
         project = toy_app / "pyproject.toml"
         project.write_text(project.read_text().replace("publisher", "publishers"))
         with pytest.raises(FlowerRunError, match="publisher"):
             flower_engine.run(toy_app, {}, num_clients=2, timeout=180)
-        assert processes_with(mark) == []
+        assert processes_with(mark) == {}
 
-    def test_interrupted_run_leaves_no_process(self, toy_app, tmp_path, mark):
+    @pytest.mark.parametrize("superlink_dies", [False, True])
+    def test_run_that_is_cut_off_leaves_no_process(self, toy_app, tmp_path, mark, superlink_dies):
         out = tmp_path / "started"
 
-        def interrupt_when_busy():
-            if out.exists():
-                assert any(b"ClientAppActor" in command for command in processes_with(mark))
+        def cut_off_when_busy():
+            found = processes_with(mark)
+            if not out.exists() or not any(b"ClientAppActor" in command for command in found.values()):
+                return
+            if not superlink_dies:
                 raise KeyboardInterrupt
+            for pid in (pid for pid, command in found.items() if b"flower-superlink" in command):
+                os.kill(pid, signal.SIGKILL)
 
-        with pytest.raises(KeyboardInterrupt):
-            flower_engine.run(
-                toy_app, {"sleep": 100.0, "out": str(out)}, num_clients=2, on_poll=interrupt_when_busy, timeout=180
-            )
-        assert processes_with(mark) == []
+        config = {"sleep": 100.0, "out": str(out)}
+        with pytest.raises(FlowerRunError if superlink_dies else KeyboardInterrupt):
+            flower_engine.run(toy_app, config, num_clients=2, on_poll=cut_off_when_busy, timeout=180)
+        assert out.exists()
+        assert processes_with(mark) == {}
 
     def test_timeout_is_an_error(self, toy_app, mark):
         with pytest.raises(FlowerRunError, match="did not end in time"):
             flower_engine.run(toy_app, {}, num_clients=2, timeout=0)
-        assert processes_with(mark) == []
+        assert processes_with(mark) == {}
