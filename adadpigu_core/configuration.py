@@ -72,7 +72,7 @@ class FederationSettings:
     aggregation: str = _setting("precision", "public weights of the updates", choices=AGGREGATIONS)
     round_timeout: float = _setting(3600.0, "seconds to wait for the updates of a round", above=0)
     start_timeout: float = _setting(
-        120.0, "seconds to wait for num-clients clients; later ones may still join", least=0
+        30.0, "seconds to wait for num-clients clients; later ones may still join", least=0
     )
 
 

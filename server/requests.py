@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from adadpigu_core import masking
 from adadpigu_core.accounting import PRETRAINING, TRAINING
-from adadpigu_core.adaptive_clipping import Standardisation, shrink
+from adadpigu_core.adaptive_clipping import Standardisation, groups
 from adadpigu_core.configuration import Configuration
 from adadpigu_core.messages import DescribeRequest, TrainRequest
 from adadpigu_core.models import ModelSpec
@@ -104,7 +105,10 @@ class Requests:
         settings = self.configuration.adaptive_clipping
         if work.phase != TRAINING or not self.server_statistics:
             return None, None
-        granularity = "coordinate" if settings.rule == "paper" else settings.granularity
-        scale = shrink(work.standardisation.scale, self.layout, granularity).numpy()
+        group = groups(self.layout, "coordinate" if settings.rule == "paper" else settings.granularity)
+        given = work.standardisation
+        # the retained coordinates of a group share one scale; that of the others has no meaning
+        scale = torch.ones(int(group[-1]) + 1)
+        scale[group[given.mask]] = given.scale[given.mask]
         centred = settings.centre or settings.rule == "paper"
-        return work.standardisation.mean.numpy() if centred else None, scale
+        return given.mean.numpy() if centred else None, scale.numpy()

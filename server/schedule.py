@@ -4,6 +4,7 @@ Rounds are numbered from 1 over both phases. Importance that clients released du
 weights and ranked once; from then on the mask of a round is the head of a ranking, longer every round.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from adadpigu_core import masking
 from adadpigu_core.accounting import PRETRAINING, TRAINING
 from adadpigu_core.configuration import Configuration
 from adadpigu_core.importance import rank
+
+log = logging.getLogger("adadpigu.server")
 
 EVERYONE = ""
 
@@ -79,8 +82,9 @@ class Importance:
         return self._masks[key][1]
 
     def _rank(self, key: str) -> Tensor:
+        if self._kind != "random" and not self.scores:
+            log.warning("no client has released any importance: coordinates are ranked at random")
         if self._kind == "random" or not self.scores:
-            # without any scores, the order of the layers would be as good as none and look like one
             return torch.randperm(self._d, generator=torch.Generator().manual_seed(self._seed))
         if key in self.scores:
             return rank(self.scores[key])

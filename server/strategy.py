@@ -220,7 +220,7 @@ class AdaDPIGU(Strategy):
             self._greeted.update(dict.fromkeys(nodes, now))
         if timeout > 0:
             for reply in self._exchange.resolve(self._exchange.collect(DESCRIBE, 0, timeout)):
-                self._introduce(reply)
+                self._take(reply)  # late replies to other requests come along
 
     def _introduce(self, reply: Reply) -> None:
         if reply.wire is not None:
@@ -244,6 +244,7 @@ class AdaDPIGU(Strategy):
     def _round(self, number: int, grid: Grid, timeout: float, evaluate_fn: EvaluateFn | None, result: Result) -> None:
         begun = time.monotonic()
         up, down = self._exchange.bytes_up, self._exchange.bytes_down
+        self._expected = replace(self._expected, round=number)
         self._greet(grid, 0)
         self._require_members(grid)
         members = len(self.cohort)
