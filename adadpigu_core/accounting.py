@@ -110,7 +110,8 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
     """Epsilon of a composition at a delta, by PLD accounting: never too small, and too large by about 0.1 %.
 
     Privacy:
-        Noise, sampling and counts must not depend on the records other than through the ledger's own public facts.
+        Holds for noise, sampling and counts that are fixed in advance, as they are in a plan, which may be stopped at
+        any time. Plans of later runs are treated as if they had been fixed in advance too.
 
     Args:
         events: In any order.
@@ -374,7 +375,7 @@ def _search(
                 return high
             noise_multiplier = low * (high / low) ** (low_excess / (low_excess - high_excess))
             continue
-        factor = min(max(math.exp(abs(excess)), stride), 4.0)
+        factor = max(min(math.exp(abs(excess)), 4.0), stride)
         noise_multiplier = noise_multiplier * factor if side else max(noise_multiplier / factor, smallest)
-        stride = stride**2
+        stride = min(stride**2, 4.0)
     return None

@@ -71,9 +71,7 @@ class FederationSettings:
     partition_seed: int = _setting(0, "which partition; keep it over runs that share a ledger-dir", least=0)
     aggregation: str = _setting("precision", "public weights of the updates", choices=AGGREGATIONS)
     round_timeout: float = _setting(3600.0, "seconds to wait for the updates of a round", above=0)
-    start_timeout: float = _setting(
-        30.0, "seconds to wait for num-clients clients; later ones may still join", least=0
-    )
+    start_timeout: float = _setting(30.0, "seconds to wait for num-clients clients; later ones may still join", least=0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class PrivacySettings:
 
     target_epsilon: float = _setting(8.0, "budget of each client over all it ever releases from its data", above=0)
     target_delta: float = _setting(1e-5, "delta of that budget", above=0, below=1)
-    sampling_probability: float = _setting(0.3, "chance of a record to enter a step", above=0, most=1)
+    sampling_probability: float = _setting(0.5, "chance of a record to enter a step", above=0, most=1)
     clipping_norm: float = _setting(1.0, "largest norm of a record's standardised gradient", above=0)
     pretraining_share: float = _setting(0.1, "share of the budget for pretraining, in 1/noise^2", above=0, below=1)
     ledger_dir: str = _setting("", "simulation only: lasting folder of ledgers; empty: inside the run folder")
@@ -129,7 +127,7 @@ class AdaptiveClippingSettings:
 class OptimiserSettings:
     """How released gradients move the weights; all of it is post-processing."""
 
-    local_learning_rate: float = _setting(0.4, "rate of a client's private steps", above=0)
+    local_learning_rate: float = _setting(0.1, "rate of a client's private steps", above=0)
     server_learning_rate: float = _setting(1.0, "rate at which the mean update is applied", above=0)
     name: str = _setting("sgd", "server optimiser", choices=OPTIMISERS)
     momentum: float = _setting(0.9, "server momentum (adam: first-moment decay)", least=0, below=1)

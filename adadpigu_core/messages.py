@@ -26,6 +26,7 @@ from adadpigu_core.exceptions import AdaDPIGUError, MessageError
 from adadpigu_core.models import ModelSpec
 
 PROTOCOL_VERSION = 1
+_KIND = "kind"  # not the name of a field of any message
 
 # What a plan, a task and a client can at most amount to. Far beyond any use; they bound what one message can cost.
 MOST_STEPS = 1_000_000
@@ -265,7 +266,7 @@ def _shown(value: object) -> str:
 def encode(message: AnyMessage) -> Wire:
     """Take a message apart."""
     arrays: dict[str, Array] = {}
-    values: dict[str, WireValue] = {"message": type(message).__name__, "protocol-version": PROTOCOL_VERSION}
+    values: dict[str, WireValue] = {_KIND: type(message).__name__, "protocol-version": PROTOCOL_VERSION}
     _encode(message, "", arrays, values)
     return Wire(arrays, values)
 
@@ -292,7 +293,7 @@ _EVENT_COLUMNS = {entry.name: get_type_hints(Event)[entry.name] for entry in fie
 
 def kind_of(wire: Wire) -> str:
     """Name of the class of a message that was taken apart; empty if it has none."""
-    return str(wire.values.get("message", ""))
+    return str(wire.values.get(_KIND, ""))
 
 
 def decode(wire: Wire, expected: type[M]) -> M:
@@ -308,8 +309,8 @@ def decode(wire: Wire, expected: type[M]) -> M:
         "protocol-version",
         f"this side speaks version {PROTOCOL_VERSION}, the other {_shown(version)}; run the same release on both",
     )
-    kind = values.pop("message", None)
-    require(kind == expected.__name__, "message", f"expected {expected.__name__}, got {_shown(kind)}")
+    kind = values.pop(_KIND, None)
+    require(kind == expected.__name__, _KIND, f"expected {expected.__name__}, got {_shown(kind)}")
     message = _decode(expected, "", arrays, values)
     left = min([*arrays, *values], default="")
     require(not arrays and not values, printable(left, _MOST_LETTERS), "there is no such field")

@@ -13,6 +13,7 @@ from adadpigu_core import datasets
 from adadpigu_core.configuration import Configuration, Value, flatten, parse, read_toml, settings, to_toml
 from adadpigu_core.exceptions import ConfigurationError
 from client.partitions import partition
+from server.app import model_spec
 from server.app import run as run_server
 from server.round_report import RoundReport
 from server.run_folder import CHECKPOINT, CONFIGURATION, RESULT, RunFolder
@@ -63,7 +64,9 @@ def prepare(flat: Mapping[str, Value]) -> Simulation:
             configuration.privacy, ledger_dir=str(Path(ledgers).expanduser().absolute()) if ledgers else ""
         ),
     )
-    records = _shares(configuration)
+    data = datasets.load(configuration.task.dataset)
+    model_spec(configuration, data)  # to see whether it fits, before a folder is made
+    records = _shares(configuration, data)
     if ledgers:
         _claim_ledgers(configuration)
     run_folder = RunFolder(folder)
@@ -85,7 +88,8 @@ def resume(path: Path) -> Simulation:
     configuration = replace(configuration, runtime=replace(configuration.runtime, output=str(folder.path)))
     checkpoint = folder.load_checkpoint()
     done = int(checkpoint[1]["round"]) if checkpoint else 0
-    return Simulation(configuration, folder, _shares(configuration), done)
+    records = _shares(configuration, datasets.load(configuration.task.dataset))
+    return Simulation(configuration, folder, records, done)
 
 
 def simulate(simulation: Simulation, engine: str, show: Show) -> dict[str, Any]:
@@ -151,12 +155,11 @@ def _default_output(configuration: Configuration) -> str:
     return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _shares(configuration: Configuration) -> list[int]:
+def _shares(configuration: Configuration, data: datasets.DataSet) -> list[int]:
     """Number of records of each client; the clients deal them out again, in the same way."""
     federation = configuration.federation
-    labels = datasets.load(configuration.task.dataset).train.labels.numpy()
     shares = partition(
-        labels,
+        data.train.labels.numpy(),
         num_partitions=federation.num_clients,
         scheme=federation.partition,
         alpha=federation.dirichlet_alpha,

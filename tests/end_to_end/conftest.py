@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import dp_accounting
 import numpy as np
 import pytest
+import torch
 from dp_accounting import pld
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
@@ -152,6 +154,7 @@ def adadpigu():
     """Run the command in this process; gives exit status and output."""
 
     def run(*arguments, settings=None, on_message=None):
+        torch.set_num_threads(1)  # as in a worker
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(simulate, "InProcessGrid", DirectGrid)
             patch.setattr(DirectGrid, "on_message", staticmethod(on_message) if on_message else None)
@@ -216,15 +219,17 @@ def make_npz(tmp_path_factory):
 def recomputed():
     """Recompute an epsilon without this project's accounting."""
 
-    def epsilon(events, delta):
+    @cache
+    def epsilon(kinds, delta):
         accountant = pld.PLDAccountant(value_discretization_interval=1e-4)
-        for event in events:
-            gaussian = dp_accounting.GaussianDpEvent(event["noise_multiplier"])
-            sampled = dp_accounting.PoissonSampledDpEvent(event["sampling_probability"], gaussian)
-            accountant.compose(dp_accounting.SelfComposedDpEvent(sampled, event["count"]))
+        for noise_multiplier, sampling_probability, count in kinds:
+            gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
+            sampled = dp_accounting.PoissonSampledDpEvent(sampling_probability, gaussian)
+            accountant.compose(dp_accounting.SelfComposedDpEvent(sampled, count))
         return accountant.get_epsilon(delta)
 
-    return epsilon
+    columns = ("noise_multiplier", "sampling_probability", "count")
+    return lambda events, delta: epsilon(tuple(tuple(event[key] for key in columns) for event in events), delta)
 
 
 class Process:
