@@ -17,12 +17,12 @@ from adadpigu_core.exceptions import ConfigurationError
 MEASURES = ("magnitude", "energy")
 
 
-def importance_of(released_gradient: Tensor, noise_stddev: float, measure: str) -> Tensor:
+def importance_of(released_gradient: Tensor, noise_stddev: Tensor | float, measure: str) -> Tensor:
     """Score one released gradient.
 
     Args:
         released_gradient: Noisy mean gradient, [d].
-        noise_stddev: Standard deviation of the noise in it, same unit.
+        noise_stddev: Standard deviation of the noise in it, [d] or one number, same unit.
         measure: ``magnitude`` or ``energy``.
 
     Returns:

@@ -72,6 +72,5 @@ def train_round(
         weights -= learning_rate * release.gradient
         assign(model, weights)
         if importance is not None and importance_measure:
-            # in pretraining the scale is 1, so that the noise is the same everywhere
-            importance += importance_of(release.gradient, mechanism.noise_stddev, importance_measure) / steps
+            importance += importance_of(release.gradient, release.noise_stddev, importance_measure) / steps
     return LocalUpdate(weights - start, importance, statistics)

@@ -22,6 +22,7 @@ from adadpigu_core.accounting import PRETRAINING, Event, Plan, PlanShape, calibr
 from adadpigu_core.adaptive_clipping import FixedStatistics, RunningStatistics, Statistics, expand
 from adadpigu_core.datasets import check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
+from adadpigu_core.gradients import check_rounding
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
 from adadpigu_core.local_training import LocalUpdate, train_round
@@ -45,8 +46,8 @@ from client.site import Site
 
 log = logging.getLogger("adadpigu.client")
 
-# Calibration uses a budget up to about a thousandth. Less than this share of it is a rest and not a budget: noise in the
-# hundreds would fit into it, and a run that nobody wants.
+# Calibration uses a budget up to about a thousandth. Less than this share of it is a rest and not a budget: noise in
+# the hundreds would fit into it, and a run that nobody wants.
 _LEAST_SHARE = 0.01
 
 
@@ -209,7 +210,10 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
             event.sampling_probability,
             site.num_records,
         )
-    return _Work(model, mechanism, mask, _statistics(request, memory, layout), target, stored)
+    statistics = _statistics(request, memory, layout)
+    spec = request.model
+    check_rounding(model, F.cross_entropy, spec.input_shape, spec.num_classes, statistics.standardisation(mask))
+    return _Work(model, mechanism, mask, statistics, target, stored)
 
 
 def _recorded(run: str, site: Site, ledger: Ledger) -> tuple[Plan, Target]:

@@ -21,7 +21,7 @@ from server.run_folder import CONFIGURATION, PRIVACY, RESULT, RunFolder
 from server.state import ServerState
 from server.strategy import AdaDPIGU, EvaluateFn
 
-log = logging.getLogger("adadpigu.server")
+log = logging.getLogger("flwr")  # what Flower shows while a run works
 app = ServerApp()
 
 
@@ -30,8 +30,17 @@ def main(grid: Grid, context: Context) -> None:
     """Run a federation as Flower starts it."""
     configuration = parse(cast(Mapping[str, Value], context.run_config))
     folder = RunFolder(run_folder(configuration, context.run_id))
-    run(grid, configuration, folder)
-    log.warning("AdaDPIGU wrote %s", folder.path)
+    num_rounds = configuration.federation.num_rounds
+
+    def show(report: RoundReport) -> None:
+        quality = "".join(f", {name} {value:.4f}" for name, value in report.metrics.items())
+        log.info(
+            "[ROUND %d/%d] %s by %d clients%s, largest epsilon %.3f",
+            *(report.round, num_rounds, report.phase, report.clients, quality, report.epsilon),
+        )
+
+    result = run(grid, configuration, folder, show)
+    log.info("Accuracy %.4f on test data; the run is in %s", result["accuracy"], folder.path)
 
 
 def run(

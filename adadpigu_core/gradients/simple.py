@@ -52,6 +52,21 @@ def clipped_sum(
         standardisation: Mask, mean and scale, each [d].
         clipping_norm: Largest norm C of a contribution; may be infinite.
     """
+    d = ParameterLayout.of(model).num_parameters
+    gradients_of = record_gradients(model, loss)
+    total = torch.zeros(d, dtype=torch.float64)
+    norms = []
+    chunk = max(1, min(64, _CHUNK_COORDINATES // d))
+    for start in range(0, len(records), chunk):
+        piece = records.select(torch.arange(start, min(start + chunk, len(records))))
+        contribution, chunk_norms = _clip(gradients_of(piece), standardisation, clipping_norm)
+        total += contribution
+        norms.append(chunk_norms)
+    return ClippedSum(total, torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64))
+
+
+def record_gradients(model: nn.Module, loss: Loss) -> Callable[[Records], Tensor]:
+    """Make a function from records [n] to their gradients, float32 [n, d], each as if it were alone."""
     layout = ParameterLayout.of(model)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     constants = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
@@ -62,23 +77,24 @@ def clipped_sum(
         return loss(outputs, label.unsqueeze(0))
 
     gradients_of = vmap(grad(record_loss), in_dims=(None, 0, 0), randomness="different")
-    total = torch.zeros(layout.num_parameters, dtype=torch.float64)
-    norms = []
-    chunk = max(1, min(64, _CHUNK_COORDINATES // layout.num_parameters))
-    for start in range(0, len(records), chunk):
-        piece = slice(start, start + chunk)
-        named = gradients_of(parameters, records.features[piece], records.labels[piece])
-        gradients = torch.cat([named[name].flatten(1) for name in layout.names], dim=1)
-        contribution, chunk_norms = _clip(gradients, standardisation, clipping_norm)
-        total += contribution
-        norms.append(chunk_norms)
-    return ClippedSum(total, torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64))
+
+    def gradients(records: Records) -> Tensor:
+        named = gradients_of(parameters, records.features, records.labels)
+        return torch.cat([named[name].flatten(1) for name in layout.names], dim=1)
+
+    return gradients
+
+
+def standardise(gradients: Tensor, standardisation: Standardisation) -> Tensor:
+    """Give m (g - a) / b of every gradient, float32 [n, d]."""
+    return torch.where(
+        standardisation.mask, (gradients - standardisation.mean) / standardisation.scale, torch.zeros(())
+    )
 
 
 def _clip(gradients: Tensor, standardisation: Standardisation, clipping_norm: float) -> tuple[Tensor, Tensor]:
     """Standardise, clip and add up the gradients of a chunk, [chunk, d]."""
-    mask, mean, scale = standardisation.mask, standardisation.mean, standardisation.scale
-    standardised = torch.where(mask, (gradients - mean) / scale, 0.0)
+    standardised = standardise(gradients, standardisation)
     norms = torch.linalg.vector_norm(standardised, dim=1, dtype=torch.float64)
     finite = torch.isfinite(norms)
     factors = torch.where(finite, (clipping_norm / (norms * (1 + _MARGIN))).clamp(max=1.0), 0.0)

@@ -7,7 +7,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 import client.app
-from adadpigu_core.messages import Description, Refusal, TrainReply
+from adadpigu_core.messages import Description, Refusal, TrainReply, encode
+from client.wire import to_content
 
 
 def test_the_two_routes(described):
@@ -34,7 +35,13 @@ class TestRefusals:
     def test_a_node_with_a_wrong_configuration(self, node, message_type, caplog):
         node.config = {"dataset": 3, "ledger": "ledger.sqlite", "target-epsilon": -1, "colour": "red"}
         assert self.ask(node, message_type) == ("configuration", "the node's own configuration is wrong")
-        for text in ("colour: there is no", "dataset: expected str", "ledger: must be", "target-epsilon: must", "delta"):
+        for text in (
+            "colour: there is no",
+            "dataset: expected str",
+            "ledger: must be",
+            "target-epsilon: must",
+            "delta",
+        ):
             assert text in caplog.text
         assert not node.ledger.exists()
 
@@ -93,9 +100,6 @@ class TestRefusals:
         assert node.charged() == ([], [])
 
     def test_a_request_of_the_other_kind(self, node, requests, message_type):
-        from client.wire import to_content  # noqa: PLC0415
-        from adadpigu_core.messages import encode  # noqa: PLC0415
-
         other = requests.train() if message_type == "query.describe" else requests.describe()
         reply = node.send(to_content(encode(other)), message_type)
         assert reply.code == "message"

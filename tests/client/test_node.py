@@ -288,8 +288,10 @@ class TestRecords:
             node.save(x=np.ones((60, 4), np.float32), y=labels)
             spec = ModelSpec("linear", "relu", "none", (4,), 2)
             answers.append(node.describe(run="probe", model=spec, layout=""))
-        assert answers[0].message == answers[1].message == (
-            "model.num-classes: this client declares 3 classes, the task has 2"
+        assert (
+            answers[0].message
+            == answers[1].message
+            == ("model.num-classes: this client declares 3 classes, the task has 2")
         )
 
     def test_labels_must_fit_the_declaration(self, make_node):
@@ -517,9 +519,10 @@ class TestKilledProcess:
         assert [event.count for event in reply.spent] == [1]
 
 
-class TestClientStatistics:
-    SETTINGS = {"clipping": AdaptiveClipping("energy", decay=0.5), "client_statistics": True}
+OWN_STATISTICS = {"clipping": AdaptiveClipping("energy", decay=0.5), "client_statistics": True}
 
+
+class TestClientStatistics:
     def test_survive_a_restart(self, described, monkeypatch):
         started, ended = [], []
         real = client.node.train_round
@@ -531,7 +534,7 @@ class TestClientStatistics:
 
         monkeypatch.setattr(client.node, "train_round", spy)
         for number in (1, 2, 3):
-            assert isinstance(described.train(round=number, **self.SETTINGS), TrainReply)
+            assert isinstance(described.train(round=number, **OWN_STATISTICS), TrainReply)
         assert isinstance(started[0], RunningStatistics)
         assert not started[0].weight.any()
         for before, after in zip(ended, started[1:], strict=False):
@@ -540,7 +543,7 @@ class TestClientStatistics:
         assert started[2].weight.tolist() == [0.75, 0.75]
 
     def test_are_functions_of_releases_alone(self, described):
-        reply = described.train(**self.SETTINGS)
+        reply = described.train(**OWN_STATISTICS)
         memory = archive.unpack(described.rows("releases")[0][2])[0]
         gradient = -reply.update / 0.5
         np.testing.assert_allclose(memory["mean"], 0.5 * gradient, rtol=1e-4, atol=1e-6)
@@ -554,9 +557,9 @@ class TestClientStatistics:
         ],
     )
     def test_must_fit_the_request(self, described, changes):
-        described.train(**self.SETTINGS)
+        described.train(**OWN_STATISTICS)
         before = described.charged()
-        assert "changed during the run" in refused(described.train(round=2, **{**self.SETTINGS, **changes}), "message")
+        assert "changed during the run" in refused(described.train(round=2, **{**OWN_STATISTICS, **changes}), "message")
         assert described.charged() == before
 
 

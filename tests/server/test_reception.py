@@ -86,7 +86,7 @@ REPLIES = {
     "half an archive": lambda c, r, kit: raw(kit.altered(c.release(r)), zipped()[:20]),
     "a pickle": lambda c, r, kit: raw(kit.altered(c.release(r)), saved(np.array([{}]), allow_pickle=True)),
     "more than there is": lambda c, r, kit: raw(
-        kit.altered(c.release(r)), saved(vector(4)).replace(b"(4,), }          ", b"(4000000000000,), }")
+        kit.altered(c.release(r)), saved(vector(4)).replace(b"(4,), }" + b" " * 12, b"(4000000000000,), }")
     ),
     "of a foreign type": lambda c, r, kit: raw(kit.altered(c.release(r)), b"", stype="torch"),
     "another's data set": lambda c, r, kit: c.release(r, data_set="another"),

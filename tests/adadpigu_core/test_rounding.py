@@ -1,0 +1,69 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adadpigu_core.adaptive_clipping import Standardisation
+from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import MessageError
+from adadpigu_core.gradients import check_rounding, clipped_sum
+from adadpigu_core.parameters import ParameterLayout, flatten
+
+KINDS = ("linear", "mlp", "cnn")
+
+
+def _chaotic(size: float) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [layer for _ in range(30) for layer in (nn.Linear(32, 32), nn.Tanh())]
+        model = nn.Sequential(*layers, nn.Linear(32, 5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(size)
+    return model
+
+
+def test_rounding_in_a_chaotic_model_breaks_the_bound_and_is_refused():
+    """A server that sends huge weights can make other records move when one is added.
+
+    Matrix products round differently for one and for two rows, and a deep network with huge weights amplifies the last
+    bit of a record's gradient to quite another direction: every contribution is clipped, but that of the *other* record
+    is no longer the same. The sum has been seen to move by 2.3 C; that is why ``check_rounding`` is there.
+    """
+    model = _chaotic(20.0)
+    standardisation = Standardisation.identity(ParameterLayout.of(model).num_parameters)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 2, 32, generator=generator)
+    labels = torch.randint(0, 5, (20, 2), generator=generator)
+    moves = []
+    for x, y in zip(features, labels, strict=True):
+        one, two = (
+            clipped_sum(model, F.cross_entropy, Records(x[:n], y[:n]), standardisation, 1.0).total for n in (1, 2)
+        )
+        moves.append(float((two - one).norm()))
+    assert max(moves) > 1.1  # without this the guard would have nothing to guard against
+    with pytest.raises(MessageError, match="rounding"):
+        check_rounding(model, F.cross_entropy, (32,), 5, standardisation)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [0.1, 1.0, 3.0])
+def test_ordinary_models_pass_the_check_of_rounding(make_model, make_records, kind, size):
+    model = make_model(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(size)
+    d = ParameterLayout.of(model).num_parameters
+    half = Standardisation(torch.arange(d) % 2 == 0, torch.zeros(d), torch.ones(d))
+    shape = tuple(make_records(kind, 1).features.shape[1:])
+    for standardisation in (Standardisation.identity(d), half):
+        check_rounding(model, F.cross_entropy, shape, 3, standardisation)
+
+
+def test_the_check_of_rounding_changes_neither_the_model_nor_the_generator(make_model, make_records):
+    model = make_model("mlp")
+    before, state = flatten(model), torch.random.get_rng_state()
+    shape = tuple(make_records("mlp", 1).features.shape[1:])
+    check_rounding(model, F.cross_entropy, shape, 3, Standardisation.identity(len(before)))
+    assert torch.equal(flatten(model), before)
+    assert torch.equal(torch.random.get_rng_state(), state)
