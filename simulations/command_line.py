@@ -1,4 +1,7 @@
-"""The command ``adadpigu``."""
+"""The command ``adadpigu``.
+
+Whatever needs torch is imported by the commands that need it, so that help and mistakes answer at once.
+"""
 
 import logging
 import shlex
@@ -12,12 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from adadpigu_core.configuration import Value, read_toml, settings
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
-from simulations import simulate as engines
-from simulations.display import progressing, show_result
-from simulations.reproduce import TABLES
-from simulations.reproduce import reproduce as reproduce_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,6 +84,10 @@ def _failed(error: AdaDPIGUError) -> typer.Exit:
 def _simulate(
     console: Console, config: Path | None, overrides: list[str], engine: str, output: Path | None, resume: Path | None
 ) -> None:
+    from adadpigu_core.configuration import read_toml
+    from simulations import simulate as engines
+    from simulations.display import introduce, progressing, say, show_result
+
     if engine not in engines.ENGINES:
         raise ConfigurationError(f"--engine: {engine!r} is none of {', '.join(engines.ENGINES)}")
     if resume is not None:
@@ -99,46 +101,20 @@ def _simulate(
         if output is not None:
             flat["runtime.output"] = str(output)
         simulation = engines.prepare(flat)
-    _introduce(console, simulation)
+    introduce(console, simulation.configuration, simulation.records, simulation.done)
     configuration = simulation.configuration
     try:
         with progressing(console, configuration.federation.num_rounds, simulation.done) as progress:
             result = engines.simulate(simulation, engine, progress.show)
     except KeyboardInterrupt:
-        _say(console, f"Interrupted. Go on with: adadpigu simulate --resume {shlex.quote(str(simulation.folder.path))}")
+        say(console, f"Interrupted. Go on with: adadpigu simulate --resume {shlex.quote(str(simulation.folder.path))}")
         raise typer.Exit(130) from None
     show_result(console, result)
-    _say(console, f"The run is in {simulation.folder.path}")
+    say(console, f"The run is in {simulation.folder.path}")
 
 
-def _say(console: Console, text: str) -> None:
-    """Print a line as it is: paths may hold brackets, and are copied."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _introduce(console: Console, simulation: engines.Simulation) -> None:
-    configuration = simulation.configuration
-    federation, privacy = configuration.federation, configuration.privacy
-    smallest, largest = min(simulation.records), max(simulation.records)
-    _say(
-        console,
-        f"{federation.num_clients} clients with {smallest} to {largest} records of {configuration.task.dataset}; "
-        f"each may spend epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} "
-        f"over {federation.num_rounds} rounds.",
-    )
-    if simulation.done:
-        _say(console, f"Going on after round {simulation.done} of {federation.num_rounds}.")
-    elif privacy.ledger_dir:
-        _say(console, f"Ledgers: {privacy.ledger_dir}; what was spent there before counts.")
-    else:
-        _say(
-            console,
-            "Ledgers: new ones in the run folder, so that budgets start afresh (privacy.ledger-dir keeps them).",
-        )
-
-
-def _parse_overrides(overrides: list[str]) -> dict[str, Value]:
-    flat: dict[str, Value] = {}
+def _parse_overrides(overrides: list[str]) -> dict[str, bool | int | float | str]:
+    flat: dict[str, bool | int | float | str] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -147,7 +123,7 @@ def _parse_overrides(overrides: list[str]) -> dict[str, Value]:
     return flat
 
 
-def _parse_value(text: str) -> Value:
+def _parse_value(text: str) -> bool | int | float | str:
     """Read a number, a boolean or a quoted string as TOML does; anything else is a string."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -158,15 +134,18 @@ def _parse_value(text: str) -> Value:
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help=f"Which: {', '.join(TABLES)}.")],
+    table: Annotated[str, typer.Argument(help="Which: digits or mnist.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry, with seeds from 0.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs that are there are kept.")] = None,
 ) -> None:
     """Make a results table of the README again. An interrupted table goes on where it stopped."""
+    from simulations.display import progressing
+    from simulations.reproduce import reproduce as make
+
     console = Console()
     folder = output or Path("runs") / f"table-{table}"
     try:
-        text = reproduce_table(table, seeds, folder, partial(progressing, console), console.print)
+        text = make(table, seeds, folder, partial(progressing, console), console.print)
     except AdaDPIGUError as error:
         raise _failed(error) from error
     console.print(text, markup=False, soft_wrap=True, highlight=False)
@@ -175,6 +154,8 @@ def reproduce(
 @app.command("settings")
 def list_settings() -> None:
     """List every setting, its default and its meaning."""
+    from adadpigu_core.configuration import settings
+
     table = Table(show_lines=False)
     for heading in ("setting", "default", "meaning"):
         table.add_column(heading, overflow="fold")

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from adadpigu_core.accounting import PHASES
+from adadpigu_core.configuration import Configuration
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -83,6 +84,39 @@ class _Lines:
 
 def _accuracy(metrics: dict[str, Any]) -> str:
     return f"{metrics['accuracy']:.4f}" if "accuracy" in metrics else ""
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: paths may hold brackets, and are copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def introduce(console: Console, configuration: Configuration, records: list[int], done: int) -> None:
+    """Say what is about to run.
+
+    Args:
+        console: Where to.
+        configuration: Of the run.
+        records: Number of records of each client.
+        done: Rounds that a resumed run has behind it.
+    """
+    federation, privacy = configuration.federation, configuration.privacy
+    smallest, largest = min(records), max(records)
+    say(
+        console,
+        f"{federation.num_clients} clients with {smallest} to {largest} records of {configuration.task.dataset}; "
+        f"each may spend epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} "
+        f"over {federation.num_rounds} rounds.",
+    )
+    if done:
+        say(console, f"Going on after round {done} of {federation.num_rounds}.")
+    elif privacy.ledger_dir:
+        say(console, f"Ledgers: {privacy.ledger_dir}; what was spent there before counts.")
+    else:
+        say(
+            console,
+            "Ledgers: new ones in the run folder, so that budgets start afresh (privacy.ledger-dir keeps them).",
+        )
 
 
 def show_result(console: Console, result: dict[str, Any]) -> None:

@@ -204,10 +204,12 @@ class RealGrid(ScriptedGrid):
 class Federation:
     """A strategy on a grid of scripted clients."""
 
-    def __init__(self, clients, observer=ignore, **changes):
+    def __init__(self, clients, observer=ignore, checkpoint=None, **changes):
         self.configuration = _configuration(federation__num_clients=len(clients), **changes)
         self.grid, self.clients, self.reports = ScriptedGrid(clients), clients, []
         self.state = ServerState.fresh(self.configuration, LAYOUT)
+        if checkpoint is not None:
+            self.state.restore(*checkpoint)
         self.observer = observer
         self.strategy = AdaDPIGU(
             self.configuration, SPEC, build(SPEC, seed=0), self.state, self._observe, lambda *_: time.sleep(0.002)

@@ -78,8 +78,8 @@ class TestReplies:
     def test_are_waited_for_until_the_time_is_over(self, pipe, exchange):
         pipe.reply(1)
         begun = time.monotonic()
-        (message,) = exchange.collect("train", 1, 0.05)
-        assert 0.05 <= time.monotonic() - begun < 1
+        assert len(exchange.collect("train", 1, 0.05)) == 1
+        assert 0.05 <= time.monotonic() - begun < 5
         assert exchange.missing("train", 1) == [10, 12]
         assert exchange.missing("train", 2) == exchange.missing("query", 1) == []
         pipe.reply(0)
