@@ -62,13 +62,16 @@ def simulate(
     engine: Annotated[
         str, typer.Option(help="in-process: fast, repeatable. flower: through 'flwr run' and Ray.")
     ] = "in-process",
+    ray_address: Annotated[
+        str | None, typer.Option(help="With --engine flower: a Ray cluster that runs already; also RAY_ADDRESS.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; must be new or empty.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
 ) -> None:
     """Run a simulation and print its outcome."""
     console = Console()
     try:
-        _simulate(console, config, override or [], engine, output, resume)
+        _simulate(console, config, override or [], engine, ray_address, output, resume)
     except AdaDPIGUError as error:
         raise _failed(error) from error
 
@@ -82,7 +85,13 @@ def _failed(error: AdaDPIGUError) -> typer.Exit:
 
 
 def _simulate(
-    console: Console, config: Path | None, overrides: list[str], engine: str, output: Path | None, resume: Path | None
+    console: Console,
+    config: Path | None,
+    overrides: list[str],
+    engine: str,
+    ray_address: str | None,
+    output: Path | None,
+    resume: Path | None,
 ) -> None:
     from adadpigu_core.configuration import read_toml
     from simulations import simulate as engines
@@ -105,7 +114,7 @@ def _simulate(
     configuration = simulation.configuration
     try:
         with progressing(console, configuration.federation.num_rounds, simulation.done) as progress:
-            result = engines.simulate(simulation, engine, progress.show)
+            result = engines.simulate(simulation, engine, progress.show, ray_address)
     except KeyboardInterrupt:
         say(console, f"Interrupted. Go on with: adadpigu simulate --resume {shlex.quote(str(simulation.folder.path))}")
         raise typer.Exit(130) from None

@@ -101,10 +101,10 @@ def introduce(console: Console, configuration: Configuration, records: list[int]
         done: Rounds that a resumed run has behind it.
     """
     federation, privacy = configuration.federation, configuration.privacy
-    smallest, largest = min(records), max(records)
+    sizes = " to ".join(str(size) for size in sorted({min(records), max(records)}))
     say(
         console,
-        f"{federation.num_clients} clients with {smallest} to {largest} records of {configuration.task.dataset}; "
+        f"{federation.num_clients} clients with {sizes} records of {configuration.task.dataset}; "
         f"each may spend epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} "
         f"over {federation.num_rounds} rounds.",
     )

@@ -92,14 +92,20 @@ def resume(path: Path) -> Simulation:
     return Simulation(configuration, folder, records, done)
 
 
-def simulate(simulation: Simulation, engine: str, show: Show) -> dict[str, Any]:
+def simulate(simulation: Simulation, engine: str, show: Show, ray_address: str | None = None) -> dict[str, Any]:
     """Run it and give what stands in ``result.json``.
+
+    Args:
+        simulation: What to run.
+        engine: ``in-process`` or ``flower``.
+        show: Given the line of metrics of every round.
+        ray_address: For ``flower``: a Ray cluster that runs already; else a new one is started.
 
     Raises:
         AdaDPIGUError: If the run failed.
     """
     if engine == "flower":
-        return _through_flower(simulation, show)
+        return _through_flower(simulation, show, ray_address)
     configuration = simulation.configuration
     num_clients = configuration.federation.num_clients
     nodes: list[dict[str, Value]] = [
@@ -116,7 +122,7 @@ def simulate(simulation: Simulation, engine: str, show: Show) -> dict[str, Any]:
         return run_server(grid, configuration, simulation.folder, observe, grid.wait)
 
 
-def _through_flower(simulation: Simulation, show: Show) -> dict[str, Any]:
+def _through_flower(simulation: Simulation, show: Show, ray_address: str | None) -> dict[str, Any]:
     folder, seen = simulation.folder, simulation.done
     (folder.path / RESULT).unlink(missing_ok=True)
 
@@ -134,7 +140,7 @@ def _through_flower(simulation: Simulation, show: Show) -> dict[str, Any]:
             app,
             flatten(simulation.configuration),
             num_clients=simulation.configuration.federation.num_clients,
-            ray_address=os.environ.get("RAY_ADDRESS"),
+            ray_address=ray_address,
             on_poll=poll,
         )
     poll()
