@@ -46,6 +46,8 @@ def unpack(data: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise TypeError("a member is not an array")
         values = json.loads(arrays.pop(_VALUES).tobytes())
         if not isinstance(values, dict):
             raise TypeError(f"{_VALUES} holds a {type(values).__name__}")

@@ -22,7 +22,7 @@ from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClippi
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.masking import SCHEDULES
-from adadpigu_core.messages import MOST_STEPS
+from adadpigu_core.messages import MOST_STEPS, printable
 
 Value = bool | int | float | str
 OWNERS = ("server", "client")
@@ -241,13 +241,13 @@ def _build(values: dict[str, dict[str, Value]]) -> Configuration:
 def _unknown(key: str, known: Mapping[str, object]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "'adadpigu settings' lists all keys"
-    return f"{key}: there is no such setting; {hint}"
+    return f"{printable(key, 100)}: there is no such setting; {hint}"
 
 
 def _checked(key: str, value: object, entry: "Field[Any]") -> Value:
     wanted = type(entry.default)
     if type(value) is int and abs(value) > _LARGEST_INTEGER:
-        raise ConfigurationError(f"{key}: {reprlib.repr(value)} is out of range; Flower carries no such number")
+        raise ConfigurationError(f"{key}: is out of range; Flower carries 64 bits")
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:

@@ -78,7 +78,7 @@ def answer(wire: Wire, site: Site, kind: type[DescribeRequest] | type[TrainReque
 def refusal(error: Exception, ledger: Ledger | None = None) -> Refusal:
     """Log an error here, and say as much of it as is public."""
     known = isinstance(error, AdaDPIGUError)
-    log.error("refused: %s", error, exc_info=None if known else error)
+    log.error("%srefused: %s", f"{ledger.data_set}: " if ledger else "", error, exc_info=None if known else error)
     code = error.code if isinstance(error, AdaDPIGUError) else "internal"
     message = error.public_message if isinstance(error, AdaDPIGUError) else ""
     try:
@@ -202,6 +202,8 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     memory: Memory = archive.unpack(stored)[0]
     mask = _mask(request, memory, layout)
     event = plan.event(request.phase)
+    planned = f"the plan of this run has {event.count} {request.phase} steps, not {request.steps}"
+    require(request.steps <= event.count, "steps", planned)
     with _named_by_the_server():
         mechanism = Mechanism(
             request.phase,

@@ -47,7 +47,9 @@ _NODE_SETTINGS = {
     ),
     "target-delta": _NodeSetting((float,), lambda delta: 0 < delta < 1, "must be above 0 and below 1", required=True),
     "data-set-name": _NodeSetting((str,), bool, "must not be empty"),
-    "name": _NodeSetting((str,), lambda _: True, ""),
+    "name": _NodeSetting(
+        (str,), lambda name: len(name) <= 100 and name.isprintable(), "must be at most 100 printable letters"
+    ),
     "num-records": _NodeSetting((int,), lambda number: number >= 1, "must be at least 1"),
     "num-classes": _NodeSetting((int,), lambda number: number >= 2, "must be at least 2"),
 }

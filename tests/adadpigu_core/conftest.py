@@ -1,7 +1,12 @@
-"""Small models, random records and a slow oracle for the tests of the core."""
+"""Small models, random records, a slow oracle, private steps and ledgers for the tests of the core."""
 
 import copy
+import math
+import multiprocessing
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adadpigu_core.adaptive_clipping import Standardisation
+from adadpigu_core import local_training
+from adadpigu_core.accounting import TRAINING, Event
+from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation, Statistics
 from adadpigu_core.datasets import Records
+from adadpigu_core.ledger import Ledger, Round, Target
+from adadpigu_core.local_training import LocalUpdate
 from adadpigu_core.parameters import ParameterLayout
-from adadpigu_core.sampling import SeededRandomness
+from adadpigu_core.private_step import Charge, Mechanism, Release, private_step
+from adadpigu_core.sampling import Randomness, SeededRandomness
 
 CLASSES = 3
 SHAPES = {"linear": (6,), "mlp": (6,), "cnn": (1, 4, 4)}
@@ -70,6 +80,83 @@ def _contributions(model: nn.Module, records: Records, given: Standardisation, c
         norm = float(u.norm())
         contributions.append(u * (min(1.0, clipping_norm / norm) if norm > 0 else 1.0))
     return contributions
+
+
+def _mechanism(count: int, **changes: Any) -> Mechanism:
+    numbers = {
+        "phase": "training",
+        "clipping_norm": 1.0,
+        "noise_multiplier": 1.0,
+        "sampling_probability": 0.5,
+        "num_records": count,
+    }
+    return Mechanism(**{**numbers, **changes})
+
+
+def _plain(count: int, **changes: Any) -> Mechanism:
+    """Without noise and without clipping."""
+    return _mechanism(count, noise_multiplier=0.0, clipping_norm=math.inf, **changes)
+
+
+def _accept(event: Event) -> None:
+    pass
+
+
+def _step(
+    model: nn.Module,
+    records: Records,
+    chosen: Mechanism,
+    randomness: Randomness,
+    *,
+    mask: Tensor | None = None,
+    statistics: Statistics | None = None,
+    charge: Charge = _accept,
+) -> tuple[Release, Statistics, Event]:
+    d = ParameterLayout.of(model).num_parameters
+    mask = torch.ones(d, dtype=torch.bool) if mask is None else mask
+    statistics = statistics or FixedStatistics.neutral(d)
+    return private_step(model, F.cross_entropy, records, chosen, mask, statistics, randomness, charge)
+
+
+def _train(
+    model: nn.Module,
+    records: Records,
+    *,
+    mask: Tensor | None = None,
+    statistics: Statistics | None = None,
+    mechanism: Mechanism | None = None,
+    charge: Charge = _accept,
+    **options: Any,
+) -> LocalUpdate:
+    """A round of one step with learning rate 1, unless told otherwise, by whatever train_round is at the moment."""
+    d = ParameterLayout.of(model).num_parameters
+    mask = torch.ones(d, dtype=torch.bool) if mask is None else mask
+    statistics = statistics or FixedStatistics.neutral(d)
+    mechanism = mechanism or _mechanism(len(records))
+    options = {"steps": 1, "learning_rate": 1.0, **options}
+    return local_training.train_round(
+        model, F.cross_entropy, records, mechanism, mask, statistics, SeededRandomness(3), charge, **options
+    )
+
+
+def _counts(ledger: Ledger) -> int:
+    return sum(event.count for event in ledger.events())
+
+
+def _release(ledger: Ledger, number: int, payload: bytes | None = None, run: str = "run") -> bytes:
+    """A whole round, as a client does it."""
+    charge = ledger.charge(Round(run, number), Event(TRAINING, 10.0, 1.0, 5), Target(4.0, 1e-5))
+    return ledger.store_release(charge, payload or f"release {number}".encode(), f"memory {number}".encode())
+
+
+# What processes that use a ledger start with.
+LEDGER_PRELUDE = """
+import json, os, signal, time
+from adadpigu_core.accounting import Event, TRAINING
+from adadpigu_core.exceptions import BudgetError, MessageError
+from adadpigu_core.ledger import Ledger, Round, Target
+EVENT, TARGET = Event(TRAINING, 10.0, 1.0, 5), Target(4.0, 1e-5)
+"""
 
 
 class RecordingRandomness:
@@ -132,3 +219,67 @@ def contributions_of() -> Callable[..., list[Tensor]]:
 @pytest.fixture(scope="session")
 def recording() -> type[RecordingRandomness]:
     return RecordingRandomness
+
+
+@pytest.fixture(scope="session")
+def mechanism() -> Callable[..., Mechanism]:
+    return _mechanism
+
+
+@pytest.fixture(scope="session")
+def plain() -> Callable[..., Mechanism]:
+    return _plain
+
+
+@pytest.fixture(scope="session")
+def step() -> Callable[..., tuple[Release, Statistics, Event]]:
+    return _step
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., LocalUpdate]:
+    return _train
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a ledger may be made."""
+    return tmp_path / "ledger.sqlite"
+
+
+@pytest.fixture
+def ledger(path: Path) -> Iterator[Ledger]:
+    with Ledger(path, "site", "content") as opened:
+        yield opened
+
+
+@pytest.fixture
+def used(path: Path) -> Path:
+    """The path of a ledger that knows a release."""
+    with Ledger(path, "site", "content") as ledger:
+        _release(ledger, 1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def counts() -> Callable[[Ledger], int]:
+    return _counts
+
+
+@pytest.fixture(scope="session")
+def release() -> Callable[..., bytes]:
+    return _release
+
+
+@pytest.fixture(scope="module")
+def spawn() -> Callable[..., BaseProcess]:
+    """Start processes that share nothing with this one; the fork server imports only once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["adadpigu_core.ledger"])
+
+    def start(code: str, **arguments: Any) -> BaseProcess:
+        process = context.Process(target=exec, args=(LEDGER_PRELUDE + code, arguments))
+        process.start()
+        return process
+
+    return start

@@ -9,52 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adadpigu_core.accounting import Event
-from adadpigu_core.adaptive_clipping import AdaptiveClipping, FixedStatistics, RunningStatistics, Standardisation
+from adadpigu_core.adaptive_clipping import AdaptiveClipping, FixedStatistics, RunningStatistics
 from adadpigu_core.datasets import Records
-from adadpigu_core.exceptions import BudgetError, ConfigurationError
+from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.parameters import ParameterLayout, assign, flatten
-from adadpigu_core.private_step import Mechanism, private_step
 from adadpigu_core.sampling import SeededRandomness
 
 KINDS = ("linear", "mlp", "cnn")
 
 
-def mechanism(count, **changes):
-    numbers = {
-        "phase": "training",
-        "clipping_norm": 1.0,
-        "noise_multiplier": 1.0,
-        "sampling_probability": 0.5,
-        "num_records": count,
-    }
-    return Mechanism(**{**numbers, **changes})
-
-
-def plain(count, **changes):
-    """Without noise and without clipping."""
-    return mechanism(count, noise_multiplier=0.0, clipping_norm=math.inf, **changes)
-
-
-def accept(event):
-    pass
-
-
 def dimension(model):
     return ParameterLayout.of(model).num_parameters
-
-
-def everything(model):
-    return torch.ones(dimension(model), dtype=torch.bool)
-
-
-def neutral(model):
-    return FixedStatistics.neutral(dimension(model))
-
-
-def step(model, records, chosen, randomness, *, mask=None, statistics=None, charge=accept):
-    mask = everything(model) if mask is None else mask
-    statistics = statistics or neutral(model)
-    return private_step(model, F.cross_entropy, records, chosen, mask, statistics, randomness, charge)
 
 
 # ---- the mechanism
@@ -77,12 +42,12 @@ def step(model, records, chosen, randomness, *, mask=None, statistics=None, char
         ({"num_records": 0}, "num_records"),
     ],
 )
-def test_numbers_out_of_range_are_refused_by_name(changes, name):
+def test_numbers_out_of_range_are_refused_by_name(mechanism, changes, name):
     with pytest.raises(ConfigurationError, match=name):
         mechanism(10, **changes)
 
 
-def test_the_numbers_that_follow():
+def test_the_numbers_that_follow(mechanism, plain):
     chosen = mechanism(40, clipping_norm=3.0, noise_multiplier=2.0, sampling_probability=0.25)
     assert chosen.expected_batch_size == 10
     assert chosen.sum_noise_stddev == 6
@@ -109,7 +74,7 @@ def textbook_dp_sgd(model, records, chosen, randomness, record_gradients):
 @pytest.mark.parametrize("clipping_norm", [0.05, 1.0])
 @pytest.mark.parametrize("noise_multiplier", [0.3, 2.0])
 def test_neutral_steps_are_textbook_dp_sgd(
-    make_model, make_records, record_gradients, kind, clipping_norm, noise_multiplier
+    step, mechanism, make_model, make_records, record_gradients, kind, clipping_norm, noise_multiplier
 ):
     """To float32 rounding: 1e-5 of the clipping norm after four steps."""
     model, other, records = make_model(kind), make_model(kind), make_records(kind, 16)
@@ -124,7 +89,7 @@ def test_neutral_steps_are_textbook_dp_sgd(
 
 
 @pytest.mark.parametrize("rule", ["none", "energy", "paper"])
-def test_statistics_before_anything_was_released_change_no_bit(make_model, make_records, rule):
+def test_statistics_before_anything_was_released_change_no_bit(step, mechanism, make_model, make_records, rule):
     model, records = make_model("mlp"), make_records("mlp", 16)
     running = RunningStatistics.neutral(AdaptiveClipping(rule=rule, centre=True), ParameterLayout.of(model))
     one, _, _ = step(model, records, mechanism(16), SeededRandomness(5))
@@ -136,7 +101,7 @@ def test_statistics_before_anything_was_released_change_no_bit(make_model, make_
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("probability", [1.0, 0.4])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_without_noise_and_clipping_it_is_sgd(make_model, make_records, kind, probability, scaled):
+def test_without_noise_and_clipping_it_is_sgd(step, plain, make_model, make_records, kind, probability, scaled):
     """To float32 rounding, for any scale; with probability 1 it is full-batch SGD on the mean loss."""
     model, other, records = make_model(kind), make_model(kind), make_records(kind, 12)
     d = dimension(model)
@@ -158,7 +123,7 @@ def test_without_noise_and_clipping_it_is_sgd(make_model, make_records, kind, pr
         assert torch.allclose(flatten(model), flatten(other), rtol=1e-5, atol=1e-6)
 
 
-def test_the_mean_is_given_back_whole(make_model, make_records, record_gradients):
+def test_the_mean_is_given_back_whole(step, plain, make_model, make_records, record_gradients):
     """With every record drawn, without noise and clipping, centring cancels."""
     model, records = make_model("mlp"), make_records("mlp", 12)
     d = dimension(model)
@@ -176,7 +141,7 @@ def test_the_mean_is_given_back_whole(make_model, make_records, record_gradients
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(KINDS), st.integers(0, 10**6), st.floats(0, 1), st.sampled_from([0.0, 1.0, 3.0]))
 def test_the_release_is_the_formula(
-    make_model, make_records, make_standardisation, contributions_of, kind, seed, retained, spread
+    step, mechanism, make_model, make_records, make_standardisation, contributions_of, kind, seed, retained, spread
 ):
     """ghat = m (a + b (S + noise) / B) with S from the oracle."""
     model, records = make_model(kind, seed), make_records(kind, 6, seed)
@@ -200,7 +165,7 @@ def test_the_release_is_the_formula(
 
 @pytest.mark.parametrize("retained", [0.0, 0.5])
 def test_frozen_coordinates_get_neither_gradient_nor_noise(
-    make_model, make_records, make_standardisation, recording, retained
+    step, mechanism, make_model, make_records, make_standardisation, recording, retained
 ):
     model, records = make_model("mlp"), make_records("mlp", 16)
     given_ = make_standardisation(model, 1, retained=retained, spread=1.0)  # with a mean that must not show either
@@ -218,7 +183,9 @@ def test_frozen_coordinates_get_neither_gradient_nor_noise(
     assert randomness.sizes["normal"] == [int(given_.mask.sum())]
 
 
-def test_the_sum_is_divided_by_the_expected_and_never_by_the_drawn_number(make_model, make_records, record_gradients):
+def test_the_sum_is_divided_by_the_expected_and_never_by_the_drawn_number(
+    step, plain, make_model, make_records, record_gradients
+):
     model, records = make_model("linear"), make_records("linear", 20)
     sizes = set()
     for seed in range(20):
@@ -232,7 +199,7 @@ def test_the_sum_is_divided_by_the_expected_and_never_by_the_drawn_number(make_m
     assert len(sizes - {5}) > 2, "the test must have seen samples of other sizes"
 
 
-def test_the_declared_number_of_records_counts_and_not_the_true_one(make_model, make_records):
+def test_the_declared_number_of_records_counts_and_not_the_true_one(step, plain, make_model, make_records):
     model, records = make_model("linear"), make_records("linear", 20)
     one, _, _ = step(model, records, plain(20), SeededRandomness(5))
     other, _, _ = step(model, records, plain(10), SeededRandomness(5))
@@ -240,7 +207,7 @@ def test_the_declared_number_of_records_counts_and_not_the_true_one(make_model, 
 
 
 @pytest.mark.parametrize("count", [0, 8])
-def test_an_empty_sample_is_released_like_any_other(make_model, make_records, recording, count):
+def test_an_empty_sample_is_released_like_any_other(step, mechanism, plain, make_model, make_records, recording, count):
     model = make_model("linear")
     events = []
     randomness = recording(5)
@@ -253,7 +220,7 @@ def test_an_empty_sample_is_released_like_any_other(make_model, make_records, re
     assert torch.equal(quiet.gradient, torch.zeros(21))
 
 
-def test_every_step_draws_a_new_sample_and_new_noise(make_model, make_records):
+def test_every_step_draws_a_new_sample_and_new_noise(step, mechanism, plain, make_model, make_records):
     model, records = make_model("linear"), make_records("linear", 16)
     randomness = SeededRandomness(5)
     first, second = (step(model, records, mechanism(16), randomness)[0].gradient for _ in range(2))
@@ -263,147 +230,10 @@ def test_every_step_draws_a_new_sample_and_new_noise(make_model, make_records):
     assert not torch.equal(first, second)
 
 
-# ---- nothing is released without its event
-
-
-def test_the_charge_comes_before_the_noise_and_is_the_event_of_the_mechanism(make_model, make_records, recording):
-    model, records = make_model("mlp"), make_records("mlp", 16)
-    randomness = recording(5)
-    charged = []
-
-    def charge(event):
-        charged.append(event)
-        randomness.calls.append("charge")
-
-    chosen = mechanism(16, phase="pretraining", noise_multiplier=1.7, sampling_probability=0.3)
-    _, _, event = step(model, records, chosen, randomness, charge=charge)
-    assert randomness.calls == ["uniform", "torch_seed", "charge", "normal"]
-    assert charged == [event] == [chosen.event] == [Event("pretraining", 1.7, 0.3, 1)]
-
-
-def test_a_refused_charge_lets_nothing_out(make_model, make_records, recording):
-    model, records = make_model("mlp"), make_records("mlp", 16)
-    before = flatten(model)
-    randomness = recording(5)
-
-    class Spy(FixedStatistics):
-        def updated(self, *_):
-            raise AssertionError("must not learn from what was not released")
-
-    def refuse(event):
-        raise BudgetError("nothing is left")
-
-    result = None
-    with pytest.raises(BudgetError, match="nothing is left"):
-        result = step(
-            model, records, mechanism(16), randomness, statistics=Spy(torch.zeros(53), torch.ones(53)), charge=refuse
-        )
-    assert result is None
-    assert "normal" not in randomness.calls
-    assert torch.equal(flatten(model), before)
-
-
-def test_a_step_without_noise_is_charged_too(make_model, make_records):
-    events = []
-    step(make_model("linear"), make_records("linear", 4), plain(4), SeededRandomness(1), charge=events.append)
-    assert events == [Event("training", 0.0, 0.5, 1)]
-
-
-# ---- sensitivity
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.sampled_from(KINDS),
-    st.integers(0, 10**6),
-    st.sampled_from([1e-3, 1.0, 1e4, 1e25]),
-    st.floats(0, 1),
-    st.sampled_from([0.0, 1.0, 2.0]),
-)
-def test_neighbours_with_the_same_randomness_are_released_at_most_the_sensitivity_apart(
-    make_model, make_records, make_standardisation, kind, seed, size, retained, spread
-):
-    """Sampling probability 1: the release, standardised again, moves by at most C / B. To float32 rounding."""
-    model, most = make_model(kind, seed), make_records(kind, 7, seed)
-    one = make_records(kind, 1, seed + 1, size)
-    every = Records(torch.cat([most.features, one.features]), torch.cat([most.labels, one.labels]))
-    given_ = make_standardisation(model, seed, retained=retained, spread=spread)
-    chosen = mechanism(8, clipping_norm=0.5, noise_multiplier=0.01, sampling_probability=1.0)
-    released = [
-        step(
-            model,
-            records,
-            chosen,
-            Replay(dimension(model), seed),
-            mask=given_.mask,
-            statistics=FixedStatistics(given_.mean, given_.scale),
-        )[0].gradient.double()
-        for records in (most, every)
-    ]
-    moved = torch.where(given_.mask, (released[1] - released[0]) / given_.scale, 0.0)
-    rounding = float((2.0**-23 * released[0].abs() / given_.scale).norm())
-    assert float(moved.norm()) <= 0.5 / 8 * (1 + 1e-5) + 2 * rounding
-
-
-class Replay:
-    """The same noise however many records were sampled."""
-
-    def __init__(self, d, seed):
-        self.noise = SeededRandomness(seed).normal(d)
-
-    def uniform(self, size):
-        return np.zeros(size)
-
-    def normal(self, size):
-        return self.noise[:size]
-
-    def torch_seed(self):
-        return 0
-
-
-# ---- statistics
-
-
-def test_statistics_learn_from_the_release_and_from_nothing_else(make_model, make_records, make_standardisation):
-    model, records = make_model("mlp"), make_records("mlp", 16)
-    mask = make_standardisation(model, 1, retained=0.5).mask
-    seen = []
-
-    class Spy:
-        def standardisation(self, wanted):
-            assert wanted is mask
-            return Standardisation(mask, torch.zeros(53), torch.full((53,), 2.0))
-
-        def updated(self, *arguments):
-            seen.extend(arguments)
-            return "learnt"
-
-    release, statistics, _ = step(model, records, mechanism(16), SeededRandomness(5), mask=mask, statistics=Spy())
-    assert statistics == "learnt"
-    assert len(seen) == 3
-    assert seen[0] is release.gradient
-    assert seen[1] is release.noise_stddev
-    assert seen[2] is mask
-
-
-@pytest.mark.parametrize("rule", ["energy", "paper"])
-def test_the_next_step_uses_what_was_learnt(make_model, make_records, rule):
-    model, records = make_model("mlp"), make_records("mlp", 16)
-    start = RunningStatistics.neutral(AdaptiveClipping(rule=rule), ParameterLayout.of(model))
-    chosen = mechanism(16, noise_multiplier=0.1)
-    first, learnt, _ = step(model, records, chosen, SeededRandomness(5), statistics=start)
-    expected = start.updated(first.gradient, first.noise_stddev, everything(model))
-    assert torch.equal(learnt.moment, expected.moment)
-    again, _, _ = step(model, records, chosen, SeededRandomness(5), statistics=learnt)
-    assert not torch.equal(first.gradient, again.gradient)
-    scale = learnt.standardisation(everything(model)).scale
-    assert torch.allclose(again.noise_stddev, scale * chosen.noise_stddev)
-
-
 # ---- side effects
 
 
-def test_a_step_changes_neither_the_model_nor_the_global_generator(make_model, make_records):
+def test_a_step_changes_neither_the_model_nor_the_global_generator(step, mechanism, make_model, make_records):
     model, records = make_model("mlp").train(), make_records("mlp", 16)  # dropout on
     weights, state, numpy_state = flatten(model), torch.get_rng_state(), np.random.get_state()[1].tolist()
     step(model, records, mechanism(16), SeededRandomness(5))
@@ -412,7 +242,7 @@ def test_a_step_changes_neither_the_model_nor_the_global_generator(make_model, m
     assert np.random.get_state()[1].tolist() == numpy_state
 
 
-def test_dropout_follows_the_given_randomness_and_not_the_global_one():
+def test_dropout_follows_the_given_randomness_and_not_the_global_one(step, plain):
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(30, 2)).train()
     records = Records(torch.ones(4, 30), torch.zeros(4, dtype=torch.int64))
     chosen = plain(4, sampling_probability=1.0)

@@ -131,6 +131,8 @@ class TestDeployed:
             ("target-delta", None, "is missing"),
             ("target-delta", 0.0, "above 0 and below 1"),
             ("target-delta", 1, "expected float"),
+            ("name", "a" * 101, "100 printable letters"),
+            ("name", "ward\n3", "100 printable letters"),
             ("num-records", 10.0, "expected int"),
             ("num-records", -1, "at least 1"),
             ("num-classes", 1, "at least 2"),

@@ -5,9 +5,6 @@ import itertools
 import math
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import numpy as np
@@ -18,57 +15,6 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from simulations.in_process import FIRST_NODE_ID, Fault, InProcessGrid
-
-TOY_APP = """
-import os, sys, time
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.clientapp import ClientApp
-
-app = ClientApp()
-
-
-@app.train()
-def echo(message, context):
-    return Message(message.content, reply_to=message)
-
-
-@app.query()
-def describe(message, context):
-    count = context.state.config_records.setdefault("calls", ConfigRecord({"n": 0}))
-    count["n"] += 1
-    facts = {"calls": count["n"], "pid": os.getpid(), "node": context.node_id, "run": context.run_id}
-    facts |= {"node." + key: value for key, value in context.node_config.items()}
-    facts |= {"run." + key: value for key, value in context.run_config.items()}
-    return Message(RecordDict({"facts": ConfigRecord(facts)}), reply_to=message)
-
-
-@app.query("slow")
-def slow(message, context):
-    time.sleep(message.content["config"]["seconds"])
-    return describe(message, context)
-
-
-@app.query("faulty")
-def faulty(message, context):
-    exec(message.content["config"]["code"])
-
-
-@app.query("threads")
-def threads(message, context):
-    import torch
-    return Message(RecordDict({"facts": ConfigRecord({"threads": torch.get_num_threads()})}), reply_to=message)
-"""
-
-
-@pytest.fixture(scope="module")
-def apps(tmp_path_factory):
-    """Environment in which the toy apps can be imported."""
-    folder = tmp_path_factory.mktemp("apps")
-    (folder / "toy_app.py").write_text(TOY_APP)
-    (folder / "toy_torch_app.py").write_text("import torch\nfrom toy_app import app\n")
-    (folder / "toy_broken_app.py").write_text("import a_module_that_is_missing\n")
-    (folder / "toy_exiting_app.py").write_text("import os\nos._exit(3)\n")
-    return {"PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +46,6 @@ def message(node, kind="query", **config):
 def facts(reply):
     assert reply.has_content(), reply.error
     return reply.content["facts"]
-
-
-def is_alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for_end(pids, seconds=5.0):
-    end = time.monotonic() + seconds
-    while any(map(is_alive, pids)) and time.monotonic() < end:
-        time.sleep(0.02)
-    return [pid for pid in pids if is_alive(pid)]
 
 
 class TestMessages:
@@ -294,7 +225,7 @@ class TestKilledWorkers:
         assert grid.wait(ids, 10)
         assert grid.pull_messages(ids)[0].has_content()
 
-    def test_close_ends_busy_workers(self, make_grid):
+    def test_close_ends_busy_workers(self, make_grid, wait_for_end):
         grid = make_grid(nodes=2, workers=2)
         grid.send_and_receive([message(0), message(1)])
         pids, late = grid.worker_pids, message(0)
@@ -351,7 +282,7 @@ class TestFaults:
         assert reply.metadata.reply_to_message_id == surplus.metadata.reply_to_message_id
 
     @pytest.mark.parametrize("kill_after", [0.0, 0.2, math.inf])
-    def test_killed_worker(self, make_grid, tmp_path, kill_after):
+    def test_killed_worker(self, make_grid, is_alive, tmp_path, kill_after):
         grid = self.faulty_grid(make_grid, Fault(kill_after=kill_after))
         mark = tmp_path / "done"
         code = f"time.sleep(0.5); open({str(mark)!r}, 'w').close()"
@@ -410,45 +341,3 @@ class TestGrid:
     def test_torch_computes_on_one_thread(self, make_grid, app):
         (reply,) = make_grid(app=app).send_and_receive([message(0, "query.threads")], timeout=60)
         assert facts(reply)["threads"] == 1
-
-
-class TestParents:
-    """The grid inside other programs than pytest."""
-
-    SCRIPT = """
-    import sys, time
-    from flwr.app import ConfigRecord, Message, RecordDict
-    from simulations.in_process import InProcessGrid
-    grid = InProcessGrid("toy_app:app", [{}] * 2, {}, 2, environment={"PYTHONPATH": sys.argv[1]})
-    replies = grid.send_and_receive([Message(RecordDict(), node, "query") for node in grid.get_node_ids()])
-    assert all(reply.has_content() for reply in replies), replies
-    print(*grid.worker_pids, flush=True)
-    content = RecordDict({"config": ConfigRecord({"seconds": 60.0, "code": "print('from the app')"})})
-    grid.send_and_receive([Message(content, 1000, "query.faulty")])
-    """
-
-    def start(self, apps, tmp_path, ending, **options):
-        script = tmp_path / "a_script_without_suffix"
-        script.write_text(textwrap.dedent(self.SCRIPT) + ending + "\n")
-        command = [sys.executable, str(script), apps["PYTHONPATH"]]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
-
-    @pytest.mark.parametrize("ending", ["grid.close()", "pass", "raise SystemExit(0)"])
-    def test_program_without_main_guard_and_standard_input(self, apps, tmp_path, ending):
-        process = self.start(apps, tmp_path, ending, preexec_fn=lambda: os.close(0))
-        output, _ = process.communicate(timeout=30)
-        assert process.returncode == 0
-        assert "from the app" not in output, "standard output belongs to the parent"
-        assert wait_for_end(list(map(int, output.split()))) == []
-
-    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-    def test_busy_workers_do_not_outlive_the_parent(self, apps, tmp_path, number):
-        busy = 'grid.push_messages([Message(content, 1000, "query.slow")]); time.sleep(60)'
-        process = self.start(apps, tmp_path, busy, stderr=subprocess.DEVNULL)
-        with process:
-            pids = list(map(int, process.stdout.readline().split()))
-            time.sleep(0.3)
-            process.send_signal(number)
-            process.wait(10)
-        assert len(pids) == 2
-        assert wait_for_end(pids) == []
