@@ -109,6 +109,6 @@ class Requests:
         given = work.standardisation
         # the retained coordinates of a group share one scale; that of the others has no meaning
         scale = torch.ones(int(group[-1]) + 1)
-        scale = given.scale[torch.cat([torch.tensor([True]), group[1:] != group[:-1]])]
+        scale[group[given.mask]] = given.scale[given.mask]
         centred = settings.centre or settings.rule == "paper"
         return given.mean.numpy() if centred else None, scale.numpy()

@@ -72,7 +72,7 @@ class TestOwnArrays:
         assert outcome["accuracy"] > 0.75
         assert outcome["parameters"] == 12
         assert all(client["epsilon"] <= 8.0 for client in outcome["clients"])
-        assert f"30 to 30 records of npz:{npz}" in result.stdout
+        assert f"30 records of npz:{npz}" in result.stdout
 
     def test_may_be_named_from_here_and_gone_on_with_from_there(
         self, adadpigu, tiny, run_in, npz, monkeypatch, tmp_path
