@@ -130,5 +130,5 @@ class Reception:
             scale=scale,
         )
         mean = float(expected.standardisation.mean[mask].double().norm())
-        # differences of weights are rounded like weights
-        return rate * steps * (mean + times * most) + 1e-6 * float(self.state.optimiser.weights.norm())
+        # differences of weights are rounded like weights, step by step
+        return rate * steps * (mean + times * most) + 1e-6 * steps * float(self.state.optimiser.weights.norm())

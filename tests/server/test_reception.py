@@ -271,7 +271,9 @@ class TestWordsAboutOthers:
 
 
 class TestLargestNorm:
-    @pytest.mark.parametrize(("sampling", "noise", "scale"), [(0.5, 0.0, 1.0), (0.01, 3.0, 1.0), (1.0, 0.5, 7.0)])
+    @pytest.mark.parametrize(
+        ("sampling", "noise", "scale"), [(0.5, 0.0, 1.0), (0.01, 3.0, 1.0), (1.0, 0.5, 7.0), (1.0, 500.0, 1.0)]
+    )
     def test_honest_releases_stay_below_by_far(self, sampling, noise, scale):
         """Every record drawn at the clipping norm, in one direction, plus noise."""
         generator, records, d, norm = np.random.default_rng(0), 200, 500, 2.0

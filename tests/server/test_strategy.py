@@ -226,6 +226,13 @@ class TestRefusals:
         assert [report.refused for report in federation.reports] == [0, 1, 1, 0, 0, 0, 0, 0]
         assert federation.strategy.cohort.refused == {}
 
+    def test_a_late_one_may_show_a_smaller_ledger_and_is_no_refusal_of_this_round(self, kit):
+        late = {2: lambda client, request: kit.Later(client.refusal(spent=()))}
+        federation = kit.Federation([kit.Client("a"), kit.Client("b", late)])
+        federation.run(timeout=0.05)
+        assert federation.account(1).warnings == []
+        assert [(r.clients, r.missing, r.refused) for r in federation.reports][1:] == [(1, 1, 0), (2, 0, 0), (2, 0, 0)]
+
     def test_refusals_must_be_in_a_row_to_count(self, kit):
         refuse = dict.fromkeys((2, 3, 5, 6), lambda client, request: client.refusal())
         federation = kit.Federation([kit.Client("a"), kit.Client("b", refuse)], federation__num_rounds=8)
