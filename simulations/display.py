@@ -55,7 +55,7 @@ class _Bar:
             completed=metrics["round"],
             phase=metrics["phase"],
             accuracy=self._accuracy,
-            epsilon=f"{metrics['epsilon']:.2f}",
+            epsilon=_epsilon(metrics["epsilon"], 2),
         )
 
 
@@ -77,9 +77,14 @@ class _Lines:
         left = f"  left {(now - self._begun) / done * (self._total - number):.0f} s" if done else ""
         self._console.print(
             f"{metrics['phase']:<11} round {number}/{self._total}  accuracy {self._accuracy}  "
-            f"epsilon {metrics['epsilon']:.2f}{left}",
+            f"epsilon {_epsilon(metrics['epsilon'], 2)}{left}",
             highlight=False,
         )
+
+
+def _epsilon(value: float | None, digits: int) -> str:
+    """Write an epsilon; JSON has no infinity and says null."""
+    return "unbounded" if value is None else f"{value:.{digits}f}"
 
 
 def _accuracy(metrics: dict[str, Any]) -> str:
@@ -148,7 +153,7 @@ def _clients(clients: list[dict[str, Any]]) -> Table:
             client["id"],
             str(client["num_records"]),
             " / ".join(dict.fromkeys(noise[phase] for phase in PHASES if phase in noise)),
-            f"{client['epsilon']:.3f} of {client['target_epsilon']:g}",
+            f"{_epsilon(client['epsilon'], 3)} of {client['target_epsilon']:g}",
             str(sum(event["count"] for event in client["events"])),
         )
     return table

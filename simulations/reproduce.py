@@ -7,6 +7,7 @@ interrupted table goes on where it stopped.
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -119,7 +120,8 @@ def _markdown(table: Table, results: dict[tuple[float, str], list[dict[str, Any]
         ours, plain = ([100 * run["accuracy"] for run in results[epsilon, method]] for method in METHODS)
         differences = [mine - theirs for mine, theirs in zip(ours, plain, strict=True)]
         runs = results[epsilon, "adadpigu"] + results[epsilon, "dp-fedsgd"]
-        spent = max(client["epsilon"] for run in runs for client in run["clients"])
+        epsilons = [client["epsilon"] for run in runs for client in run["clients"]]
+        spent = math.inf if None in epsilons else max(epsilons)
         lines.append(
             f"| {epsilon:g} | {_spread(ours)} | {_spread(plain)} | {_spread(differences, sign='+')} | {spent:.3f} |"
         )

@@ -2,8 +2,8 @@
 
 A clipped sum has sensitivity C only if a record's gradient does not depend on the records that are computed beside it.
 In exact arithmetic it does not; in float32 its last bits do, since kernels sum in an order that depends on the size of
-a batch. A server that sends chaotic weights, or a mask and a scale that leave nothing but last bits, can blow these bits
-up until other records' contributions move by more than the noise hides.
+a batch. A server that sends chaotic weights, or a mask and a scale that leave nothing but last bits, can blow these
+bits up until other records' contributions move by more than the noise hides.
 
 So before anything is charged, the standardised gradients of made-up records, which are public, are computed twice: with
 the weights as they are, and with weights that differ in their last bits. If the two point in different directions, the

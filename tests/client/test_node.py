@@ -207,6 +207,15 @@ class TestRelease:
         assert outer.update.tobytes() == inner[0].update.tobytes()
         assert [len(rows) for rows in described.charged()] == [1, 1]
 
+    def test_a_mask_is_remembered_for_one_round_and_no_longer(self, described):
+        named = first(7)
+        assert len(described.train(**named).update) == 7
+        assert len(described.train(round=2, mask_id=named["mask_id"]).update) == 7
+        assert len(described.train(round=3).update) == D
+        before = described.charged()
+        refused(described.train(round=4, mask_id=named["mask_id"]), "unknown-mask")
+        assert described.charged() == before
+
     def test_stops_at_the_budget(self, described):
         replies = [described.train(round=number) for number in range(1, 8)]
         kinds = [type(reply) for reply in replies]

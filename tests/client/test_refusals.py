@@ -110,15 +110,6 @@ class TestBadTrainRequests:
             assert "lies in the past" in refused(described.train(round=number), "message")
         assert described.charged() == before
 
-    def test_a_mask_is_remembered_for_one_round_and_no_longer(self, described):
-        named = first(7)
-        assert len(described.train(**named).update) == 7
-        assert len(described.train(round=2, mask_id=named["mask_id"]).update) == 7
-        assert len(described.train(round=3).update) == D
-        before = described.charged()
-        refused(described.train(round=4, mask_id=named["mask_id"]), "unknown-mask")
-        assert described.charged() == before
-
 
 class TestRecords:
     """What is wrong with a record stays here; the server hears that the data set does not fit, and no more."""
