@@ -68,8 +68,9 @@ def run(
         return MetricRecord(asdict(evaluate(flatten(model))))
 
     def record(report: RoundReport) -> None:
-        metrics = asdict(report)
-        folder.add_metrics({**metrics, **metrics.pop("metrics")})
+        line = asdict(report)
+        evaluated = line.pop("metrics")
+        folder.add_metrics({**line, **evaluated})
         folder.write_json(PRIVACY, _privacy(strategy))
         folder.save_checkpoint(*state.dump())
         observer(report)

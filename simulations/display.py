@@ -113,6 +113,7 @@ def introduce(console: Console, configuration: Configuration, records: list[int]
         f"each may spend epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} "
         f"over {federation.num_rounds} rounds.",
     )
+    say(console, "A simulation: its noise follows from the seed, and protects nobody from those who know the seed.")
     if done:
         say(console, f"Going on after round {done} of {federation.num_rounds}.")
     elif privacy.ledger_dir:
