@@ -232,13 +232,23 @@ def recomputed():
     return lambda events, delta: epsilon(tuple(tuple(event[key] for key in columns) for event in events), delta)
 
 
+@contextlib.contextmanager
+def heeding_ctrl_c():
+    """Let children heed Ctrl-C even if these tests run in the background of a shell, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Process:
     """The command in a process group of its own, with its output in files."""
 
     def __init__(self, arguments, log, settings=None):
         self.log = log
         command = [sys.executable, "-m", "simulations.command_line", "simulate", *map(str, arguments)]
-        with log.open("wb") as file:
+        with log.open("wb") as file, heeding_ctrl_c():
             self._process = subprocess.Popen(
                 [*command, *flags(settings or {})],
                 cwd=ROOT,
