@@ -14,7 +14,8 @@ class TestParents:
     """The grid inside other programs than pytest."""
 
     SCRIPT = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background of a shell
     from flwr.app import ConfigRecord, Message, RecordDict
     from simulations.in_process import InProcessGrid
     grid = InProcessGrid("toy_app:app", [{}] * 2, {}, 2, environment={"PYTHONPATH": sys.argv[1]})
