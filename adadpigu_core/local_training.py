@@ -4,12 +4,13 @@ Between the steps the client moves its own copy of the weights along the release
 these moves and the importance a mean of scores of the released gradients, so both are post-processing of releases.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from adadpigu_core.adaptive_clipping import Statistics
+from adadpigu_core.adaptive_clipping import Standardisation, Statistics
 from adadpigu_core.datasets import Records
 from adadpigu_core.gradients import Loss
 from adadpigu_core.importance import importance_of
@@ -46,6 +47,7 @@ def train_round(
     steps: int,
     learning_rate: float,
     importance_measure: str | None = None,
+    guard: Callable[[Standardisation], None] | None = None,
 ) -> LocalUpdate:
     """Take private steps from the weights that the model holds; the model is left at the new weights.
 
@@ -61,11 +63,15 @@ def train_round(
         steps: How many, at least 1.
         learning_rate: Of the local moves.
         importance_measure: Score to accumulate, if any.
+        guard: Looks at the weights in ``model`` and at mask, mean and scale before every step, and raises to stop: a
+            large learning rate can lead to weights that nobody would have accepted.
     """
     start = flatten(model)
     weights = start.clone()
     importance = torch.zeros_like(start) if importance_measure else None
     for _ in range(steps):
+        if guard is not None:
+            guard(statistics.standardisation(mask))
         release, statistics, _event = private_step(
             model, loss, records, mechanism, mask, statistics, randomness, charge
         )

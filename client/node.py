@@ -6,9 +6,10 @@ the sampling probability and the budget are the client's own.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 
 from adadpigu_core import archive, masking
 from adadpigu_core.accounting import PRETRAINING, Event, Plan, PlanShape, calibrate
-from adadpigu_core.adaptive_clipping import FixedStatistics, RunningStatistics, Statistics, expand
+from adadpigu_core.adaptive_clipping import (
+    FixedStatistics,
+    RunningStatistics,
+    Standardisation,
+    Statistics,
+    expand,
+)
 from adadpigu_core.datasets import check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
 from adadpigu_core.gradients import check_rounding
@@ -162,6 +169,7 @@ def _release(
         steps=request.steps,
         learning_rate=request.learning_rate,
         importance_measure=request.importance_measure or None,
+        guard=work.guard if request.steps > 1 else None,
     )
     reply = TrainReply(
         run=request.run,
@@ -185,6 +193,7 @@ class _Work:
     statistics: Statistics
     target: Target
     memory: bytes
+    guard: Callable[[Standardisation], None]
 
 
 def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
@@ -214,8 +223,9 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
         )
     statistics = _statistics(request, memory, layout)
     spec = request.model
-    check_rounding(model, F.cross_entropy, spec.input_shape, spec.num_classes, statistics.standardisation(mask))
-    return _Work(model, mechanism, mask, statistics, target, stored)
+    guard = partial(check_rounding, model, F.cross_entropy, spec.input_shape, spec.num_classes)
+    guard(statistics.standardisation(mask))
+    return _Work(model, mechanism, mask, statistics, target, stored, guard)
 
 
 def _recorded(run: str, site: Site, ledger: Ledger) -> tuple[Plan, Target]:

@@ -1,13 +1,18 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adadpigu_core.adaptive_clipping import Standardisation
+from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import MessageError
 from adadpigu_core.gradients import check_rounding, clipped_sum
+from adadpigu_core.local_training import train_round
 from adadpigu_core.parameters import ParameterLayout, flatten
+from adadpigu_core.private_step import Mechanism
+from adadpigu_core.sampling import SeededRandomness
 
 KINDS = ("linear", "mlp", "cnn")
 
@@ -67,3 +72,32 @@ def test_the_check_of_rounding_changes_neither_the_model_nor_the_generator(make_
     check_rounding(model, F.cross_entropy, shape, 3, Standardisation.identity(len(before)))
     assert torch.equal(flatten(model), before)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_step_into_chaos_is_the_last():
+    """A huge learning rate leads from ordinary weights to chaotic ones; the next step must not be taken there."""
+    model, charged = _chaotic(1.0), []
+    generator = torch.Generator().manual_seed(0)
+    records = Records(torch.randn(8, 32, generator=generator), torch.randint(0, 5, (8,), generator=generator))
+    d = ParameterLayout.of(model).num_parameters
+
+    def train(learning_rate):
+        return train_round(
+            model,
+            F.cross_entropy,
+            records,
+            Mechanism("training", 1.0, 1.0, 1.0, len(records)),
+            torch.ones(d, dtype=torch.bool),
+            FixedStatistics.neutral(d),
+            SeededRandomness(1),
+            charged.append,
+            steps=2,
+            learning_rate=learning_rate,
+            guard=partial(check_rounding, model, F.cross_entropy, (32,), 5),
+        )
+
+    train(1e-3)
+    assert len(charged) == 2
+    with pytest.raises(MessageError, match="rounding"):
+        train(20.0)
+    assert len(charged) == 3
