@@ -14,7 +14,6 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from adadpigu_core.adaptive_clipping import (
 )
 from adadpigu_core.datasets import check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
-from adadpigu_core.gradients import check_rounding
+from adadpigu_core.gradients import check_rounding, cross_entropy
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
 from adadpigu_core.local_training import LocalUpdate, train_round
@@ -159,7 +158,7 @@ def _release(
 ) -> tuple[TrainReply, bytes]:
     update = train_round(
         work.model,
-        F.cross_entropy,
+        cross_entropy,
         site.records,
         work.mechanism,
         work.mask,
@@ -223,7 +222,7 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
         )
     statistics = _statistics(request, memory, layout)
     spec = request.model
-    guard = partial(check_rounding, model, F.cross_entropy, spec.input_shape, spec.num_classes)
+    guard = partial(check_rounding, model, cross_entropy, spec.input_shape, spec.num_classes)
     guard(statistics.standardisation(mask))
     return _Work(model, mechanism, mask, statistics, target, stored, guard)
 

@@ -1,6 +1,15 @@
 """Sums of clipped per-record gradients, behind one function."""
 
+from adadpigu_core.gradients.clipping import Augmentation, ClippedSum, GradientOptions, Loss, cross_entropy
 from adadpigu_core.gradients.rounding import check_rounding
-from adadpigu_core.gradients.simple import ClippedSum, Loss, clipped_sum
+from adadpigu_core.gradients.simple import clipped_sum
 
-__all__ = ["ClippedSum", "Loss", "check_rounding", "clipped_sum"]
+__all__ = [
+    "Augmentation",
+    "ClippedSum",
+    "GradientOptions",
+    "Loss",
+    "check_rounding",
+    "clipped_sum",
+    "cross_entropy",
+]

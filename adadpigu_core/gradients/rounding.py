@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import MessageError
-from adadpigu_core.gradients.simple import Loss, record_gradients, standardise
+from adadpigu_core.gradients.clipping import Loss
+from adadpigu_core.gradients.simple import record_gradients, standardise
 
 _PROBES = 3
 _LAST_BITS = 2.0**-22  # relative to a weight: four times its rounding error

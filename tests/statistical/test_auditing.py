@@ -11,14 +11,13 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
 from adadpigu_core.accounting import Event, epsilon
 from adadpigu_core.adaptive_clipping import FixedStatistics
 from adadpigu_core.datasets import Records
-from adadpigu_core.gradients import clipped_sum
+from adadpigu_core.gradients import clipped_sum, cross_entropy
 from adadpigu_core.noise import add_gaussian_noise
 from adadpigu_core.private_step import Mechanism, private_step
 from adadpigu_core.sampling import SeededRandomness, SystemRandomness, poisson_sample
@@ -63,7 +62,7 @@ def with_canary(ordinary):
 
 
 def total_of(model, records):
-    return clipped_sum(model, F.cross_entropy, records, STATISTICS.standardisation(MASK), CLIPPING_NORM).total
+    return clipped_sum(model, cross_entropy, records, STATISTICS.standardisation(MASK), CLIPPING_NORM).total
 
 
 def noisy_totals(total, noise_multiplier, randomness, draws=DRAWS):
@@ -105,7 +104,7 @@ def best_threshold(claimed, noise_multiplier=NOISE_MULTIPLIER):
 def test_a_private_step_is_the_clipped_sum_with_noise(model, with_canary):
     """Bit by bit, so that what is audited below is what clients release."""
     mechanism = Mechanism("training", CLIPPING_NORM, NOISE_MULTIPLIER, 1.0, 4)
-    arguments = (F.cross_entropy, with_canary, mechanism, MASK, STATISTICS)
+    arguments = (cross_entropy, with_canary, mechanism, MASK, STATISTICS)
     for seed in range(5):
         released, _, _ = private_step(model, *arguments, SeededRandomness(seed), lambda _: None)
         randomness = SeededRandomness(seed)
