@@ -72,8 +72,8 @@ def _step(plan: Plan, json_file: Path | None) -> None:
     from simulations.benchmarks.table import tables
 
     check_device(plan.device)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigurationError(f"--json: there is no folder {json_file.absolute().parent}")
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        raise ConfigurationError(f"--json: {json_file} is a folder, or would be in one that does not exist")
     console, progress = Console(), Console(stderr=True)
     with progress.status("") as status:
         say = status.update if progress.is_terminal else lambda text: progress.print(text, highlight=False)

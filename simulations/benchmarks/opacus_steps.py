@@ -3,6 +3,8 @@
 Importing this module imports Opacus, a dependency of benchmarks alone.
 """
 
+from collections.abc import Callable
+
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -67,19 +69,29 @@ def ghost(trained: Trained) -> Step:
 
 def hooks_standardised(trained: Trained) -> Step:
     """Prepare what AdaDPIGU's step computes, from the gradients that the hooks keep."""
-    module = GradSampleModule(trained.model, loss_reduction="sum")
-    parameters = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
-    pieces = _pieces(trained)
+    sum_up = standardised_sum(trained)
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
-        loss = cross_entropy(module(trained.records.features), trained.records.labels).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        total = _clipped_sum(parameters, pieces)
-        module.zero_grad()
-        descend(trained.model, noised_mean(total.cpu(), trained.standardisation, len(trained.records), generator))
+        total = sum_up().cpu()
+        descend(trained.model, noised_mean(total, trained.standardisation, len(trained.records), generator))
 
     return step
+
+
+def standardised_sum(trained: Trained) -> Callable[[], Tensor]:
+    """Prepare the sum of standardised and clipped gradients, [d]."""
+    module = GradSampleModule(trained.model, loss_reduction="sum")
+    parameters = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
+    pieces = _pieces(trained)
+
+    def sum_up() -> Tensor:
+        module.zero_grad()
+        loss = cross_entropy(module(trained.records.features), trained.records.labels).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return _clipped_sum(parameters, pieces)
+
+    return sum_up
 
 
 def _pieces(trained: Trained) -> list[Standardisation]:

@@ -121,7 +121,7 @@ class Plan:
     models: tuple[str, ...] = MODELS
     methods: tuple[str, ...] = METHODS
     batch: int = 256
-    repetitions: int = 7
+    repetitions: int = 5
     retention: float = 0.6
     device: str = "cpu"
     threads: int = 1

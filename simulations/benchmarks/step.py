@@ -22,7 +22,7 @@ from simulations.benchmarks.plan import (
     Task,
     has_opacus,
 )
-from simulations.benchmarks.worker import LeftOutError, Worker
+from simulations.benchmarks.worker import LeftOutError, Timing, Worker
 
 Say = Callable[[str], None]
 Row = dict[str, Any]
@@ -34,20 +34,30 @@ class Measured:
 
     Args:
         task: What was measured.
-        milliseconds: Of each timed step; empty for a method that was left out.
+        timings: Of the steps that count.
         peak_mb: Growth of memory.
         note: Why it was left out.
     """
 
     task: Task
-    milliseconds: list[float] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     peak_mb: float | None = None
     note: str = ""
 
     @property
     def median_ms(self) -> float | None:
-        """Median time of a step."""
-        return statistics.median(self.milliseconds) if self.milliseconds and not self.note else None
+        """Median time of a step; None for a method that was left out."""
+        return statistics.median(timing.elapsed for timing in self.timings) if self.counts else None
+
+    @property
+    def cpu_ms(self) -> float | None:
+        """Median processor time of a step, which other programs disturb less."""
+        return statistics.median(timing.processor for timing in self.timings) if self.counts else None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it was measured to the end."""
+        return bool(self.timings) and not self.note
 
 
 def measure(plan: Plan, say: Say) -> list[Row]:
@@ -100,7 +110,7 @@ def _time(worker: Worker, each: Measured) -> None:
     if each.note:
         return
     try:
-        each.milliseconds.append(worker.step())
+        each.timings.append(worker.step())
     except LeftOutError as reason:
         each.note = str(reason)
         worker.close()
@@ -133,13 +143,14 @@ def rows(measured: list[Measured]) -> list[Row]:
 
 
 def _row(method: str, each: Measured, best: Measured, default: Measured, reference: Measured | None) -> Row:
-    times = each.milliseconds if each.median_ms is not None else []
+    times = [timing.elapsed for timing in each.timings] if each.counts else []
     return {
         "model": each.task.model,
         "method": method,
         "layout": each.task.layout.name if each.task.method == PLAIN else None,
         "batch": each.task.batch,
         "median_ms": each.median_ms,
+        "cpu_ms": each.cpu_ms,
         "min_ms": min(times, default=None),
         "max_ms": max(times, default=None),
         "repetitions": len(times),

@@ -10,12 +10,19 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from simulations.benchmarks.plan import Task
 
 _START_S = 120.0  # to import torch on a busy machine
 _FAREWELL_S = 5.0
+
+
+class Timing(NamedTuple):
+    """Of one step: milliseconds by the clock, and of all processors; on CUDA the first are the device's."""
+
+    elapsed: float
+    processor: float
 
 
 class LeftOutError(Exception):
@@ -37,7 +44,7 @@ class Worker:
         self.task, self._limit_s = task, limit_s
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(task, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(task, theirs))
         self._process.start()
         theirs.close()
         try:
@@ -47,17 +54,17 @@ class Worker:
             self.close()
             raise
 
-    def step(self) -> float:
-        """Make a step and give its milliseconds.
+    def step(self) -> Timing:
+        """Make a step and time it.
 
         Raises:
             LeftOutError: It takes too long, or fails.
         """
-        return self._ask("step", self._limit_s)
+        return Timing(*self._ask("step", self._limit_s))
 
     def peak_mb(self) -> float:
         """Give the most memory that its steps took so far, beyond network and records, in MB."""
-        return self._ask("peak", _START_S)
+        return float(self._ask("peak", _START_S))
 
     def close(self) -> None:
         """End the process."""
@@ -68,11 +75,11 @@ class Worker:
             self._process.kill()
             self._process.join()
 
-    def _ask(self, request: str, limit_s: float) -> float:
+    def _ask(self, request: str, limit_s: float) -> Any:
         self._pipe.send(request)
         return self._receive(limit_s)
 
-    def _receive(self, limit_s: float) -> float:
+    def _receive(self, limit_s: float) -> Any:
         if not self._pipe.poll(limit_s):
             raise LeftOutError(f"a step takes more than {limit_s:g} s")
         try:
@@ -82,15 +89,15 @@ class Worker:
             raise LeftOutError(f"its process ended with {self._process.exitcode}; memory may have run out") from None
         if isinstance(answer, str):
             raise LeftOutError(answer)
-        return float(answer)
+        return answer
 
 
 def _serve(task: Task, pipe: "Connection[Any, Any]") -> None:
-    """Answer requests until the other side closes the pipe; a text in place of a number is a failure."""
+    """Answer requests until the other side closes the pipe; a text is a failure."""
     warnings.simplefilter("ignore")
     try:
         step, peak = _prepare(task)
-        pipe.send(0.0)
+        pipe.send(None)
         while True:
             pipe.send(step() if pipe.recv() == "step" else peak())
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
@@ -102,8 +109,8 @@ def _serve(task: Task, pipe: "Connection[Any, Any]") -> None:
         pipe.send(f"{type(error).__name__}: {error}"[:300])
 
 
-def _prepare(task: Task) -> tuple[Callable[[], float], Callable[[], float]]:
-    """Make a function that times a step, in ms, and one that gives the peak growth of memory, in MB."""
+def _prepare(task: Task) -> tuple[Callable[[], Timing], Callable[[], float]]:
+    """Make a function that times a step, and one that gives the peak growth of memory, in MB."""
     import torch  # noqa: PLC0415 - the parent needs none of these
 
     from simulations.benchmarks import memory  # noqa: PLC0415
@@ -112,35 +119,35 @@ def _prepare(task: Task) -> tuple[Callable[[], float], Callable[[], float]]:
     torch.set_num_threads(task.threads)
     needed = kept_gb(task)
     if needed > task.limit_gb:
-        raise LeftOutError(f"the gradients that it keeps would take {needed:.1f} GB, more than {task.limit_gb:g}")
+        raise LeftOutError(f"the gradients that it keeps would take {needed:.3g} GB, more than {task.limit_gb:g}")
     # libraries load their code with the first step, which is not the memory of a method
     make_step(task, Trained.of(task, batch=2))()
     trained = Trained.of(task, batch=task.batch)
     before = memory.mark(task.device)
     step = make_step(task, trained)
-    timed = _timed_on_cuda(step) if torch.device(task.device).type == "cuda" else _timed(step)
+    elapsed_of = _on_cuda if torch.device(task.device).type == "cuda" else _by_clock
+
+    def timed() -> Timing:
+        begun = time.process_time()
+        elapsed = elapsed_of(step)
+        return Timing(elapsed, 1e3 * (time.process_time() - begun))
+
     return timed, lambda: memory.peak(task.device) - before
 
 
-def _timed(step: Callable[[], None]) -> Callable[[], float]:
-    def timed() -> float:
-        begun = time.perf_counter()
-        step()
-        return 1e3 * (time.perf_counter() - begun)
-
-    return timed
+def _by_clock(step: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - begun)
 
 
-def _timed_on_cuda(step: Callable[[], None]) -> Callable[[], float]:
+def _on_cuda(step: Callable[[], None]) -> float:
     import torch  # noqa: PLC0415
 
-    def timed() -> float:
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-        begun.record()
-        step()
-        ended.record()
-        ended.synchronize()
-        return float(begun.elapsed_time(ended))
-
-    return timed
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    begun.record()
+    step()
+    ended.record()
+    ended.synchronize()
+    return float(begun.elapsed_time(ended))
