@@ -64,7 +64,7 @@ class Twice(nn.Module):
 
 MODELS = {
     "linear": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,)),
-    "positions": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Flatten(), nn.Linear(18, 3)), (6, 4)),
+    "positions": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(30, 3)), (6, 4)),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), Mean(), nn.Linear(4, 3)), (2, 6, 5)),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose1d(2, 4, 3, stride=2), Mean(), nn.Linear(4, 3)), (2, 6)),
     "embedding": (Reader, (6,)),
