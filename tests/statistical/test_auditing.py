@@ -62,7 +62,7 @@ def with_canary(ordinary):
 
 
 def total_of(model, records):
-    return clipped_sum(model, cross_entropy, records, STATISTICS.standardisation(MASK), CLIPPING_NORM).total
+    return clipped_sum(model, cross_entropy, records, STATISTICS.standardisation(MASK), CLIPPING_NORM).total.double()
 
 
 def noisy_totals(total, noise_multiplier, randomness, draws=DRAWS):
