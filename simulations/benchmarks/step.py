@@ -6,7 +6,7 @@ in the default layout with the whole batch at once, which is what a user starts 
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,20 +60,18 @@ class Measured:
         return bool(self.timings) and not self.note
 
 
-def measure(plan: Plan, say: Say) -> list[Row]:
+def measure(plan: Plan, say: Say) -> Iterator[list[Row]]:
     """Measure everything in a plan.
 
     Args:
         plan: What to measure.
         say: Told what is happening.
 
-    Returns:
-        A row for each network and method, see `rows`.
+    Yields:
+        The rows of one network after the other, see `rows`.
     """
-    found = []
     for model in plan.models:
-        found += rows(_measure_model(plan, model, say))
-    return found
+        yield rows(_measure_model(plan, model, say))
 
 
 def _measure_model(plan: Plan, model: str, say: Say) -> list[Measured]:

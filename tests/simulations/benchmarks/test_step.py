@@ -23,7 +23,7 @@ from simulations.benchmarks.plan import (
     Plan,
     Task,
 )
-from simulations.benchmarks.step import Measured, measure, rows
+from simulations.benchmarks.step import Measured, rows
 from simulations.benchmarks.table import tables
 from simulations.benchmarks.worker import LeftOutError, Timing, Worker
 from simulations.command_line import app
@@ -36,6 +36,10 @@ KEYS = {
 
 def task(method=PLAIN, layout=None, batch=4, limit_gb=10.0):
     return Task("mnist-cnn", method, layout or Layout(), batch, 0.6, "cpu", 1, limit_gb)
+
+
+def measured(plan):
+    return [row for found in step_module.measure(plan, lambda _: None) for row in found]
 
 
 def invoke(*arguments):
@@ -64,7 +68,8 @@ def test_the_command_measures_and_writes(tmp_path):
     assert ours["ratio"] == pytest.approx(ours["median_ms"] / plain["median_ms"])
     assert ours["peak_ratio"] == pytest.approx(ours["peak_mb"] / plain["peak_mb"])
     assert ours["ratio_pass"] == BOUNDS["mlp"].time
-    assert {"cpu", "torch", "threads", "allocator", "commit"} <= set(written["machine"])
+    assert {"cpu", "torch", "allocator", "commit"} <= set(written["machine"])
+    assert (written["settings"]["threads"], written["settings"]["retention"]) == (1, 0.6)
     assert "against its bounds" not in result.output, "they are for another batch"
 
 
@@ -111,7 +116,7 @@ def test_without_opacus_its_methods_say_how_to_get_it(monkeypatch):
 def test_without_opacus_everything_else_is_measured_by_default(monkeypatch):
     monkeypatch.setattr(step_module, "has_opacus", lambda: False)
     monkeypatch.setattr(step_module, "Worker", FakeWorker)
-    found = {row["method"]: row for row in measure(Plan(("mlp",), repetitions=1), lambda _: None)}
+    found = {row["method"]: row for row in measured(Plan(("mlp",), repetitions=1))}
     assert set(METHODS) <= set(found)
     assert found[GHOST]["median_ms"] is None
     assert "pip install" in found[GHOST]["note"]
@@ -157,13 +162,13 @@ def fake(monkeypatch):
 
 
 def test_methods_take_turns_from_another_first_one_in_every_repetition(fake):
-    measure(Plan(("mlp",), (ADADPIGU, NAIVE), batch=8, repetitions=3), lambda _: None)
+    measured(Plan(("mlp",), (ADADPIGU, NAIVE), batch=8, repetitions=3))
     assert fake.turns == [PLAIN, ADADPIGU, NAIVE, ADADPIGU, NAIVE, PLAIN, NAIVE, PLAIN, ADADPIGU]
 
 
 def test_a_method_that_breaks_on_the_way_has_no_figures_and_the_others_do(fake, monkeypatch):
     monkeypatch.setattr(fake, "failing", NAIVE)
-    found = {row["method"]: row for row in measure(Plan(("mlp",), (GHOST, NAIVE), batch=8), lambda _: None)}
+    found = {row["method"]: row for row in measured(Plan(("mlp",), (GHOST, NAIVE), batch=8))}
     assert (found[NAIVE]["median_ms"], found[NAIVE]["peak_mb"], found[NAIVE]["repetitions"]) == (None, None, 0)
     assert found[NAIVE]["note"] == "it broke"
     assert fake.turns.count(NAIVE) == 1
@@ -201,7 +206,7 @@ def test_plain_layouts_are_those_that_differ():
 
 def test_bounds_are_shown_where_they_apply(fake):
     plan = Plan(("mlp",), (ADADPIGU, STANDARDISED, HOOKS))
-    found = measure(plan, lambda _: None)
+    found = measured(plan)
     assert [table.row_count for table in tables(found, plan)] == [len(found), 1]
     assert len(tables(found, Plan(("mlp",), (ADADPIGU,), threads=2))) == 1
 
