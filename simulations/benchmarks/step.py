@@ -22,7 +22,7 @@ from simulations.benchmarks.plan import (
     Task,
     has_opacus,
 )
-from simulations.benchmarks.worker import LeftOutError, Timing, Worker
+from simulations.benchmarks.worker import LeftOutError, Sample, Worker
 
 Say = Callable[[str], None]
 Row = dict[str, Any]
@@ -34,30 +34,23 @@ class Measured:
 
     Args:
         task: What was measured.
-        timings: Of the steps that count.
-        peak_mb: Growth of memory.
+        samples: Of the steps that count; empty for a method that was left out.
         note: Why it was left out.
     """
 
     task: Task
-    timings: list[Timing] = field(default_factory=list)
-    peak_mb: float | None = None
+    samples: list[Sample] = field(default_factory=list)
     note: str = ""
 
     @property
+    def median(self) -> Sample | None:
+        """Medians of what a step took: what happens to the machine during one of them does not count."""
+        return Sample(*map(statistics.median, zip(*self.samples, strict=True))) if self.samples else None
+
+    @property
     def median_ms(self) -> float | None:
-        """Median time of a step; None for a method that was left out."""
-        return statistics.median(timing.elapsed for timing in self.timings) if self.counts else None
-
-    @property
-    def cpu_ms(self) -> float | None:
-        """Median processor time of a step, which other programs disturb less."""
-        return statistics.median(timing.processor for timing in self.timings) if self.counts else None
-
-    @property
-    def counts(self) -> bool:
-        """Whether it was measured to the end."""
-        return bool(self.timings) and not self.note
+        """Median time of a step."""
+        return self.median.elapsed_ms if self.median else None
 
 
 def measure(plan: Plan, say: Say) -> Iterator[list[Row]]:
@@ -86,8 +79,6 @@ def _measure_model(plan: Plan, model: str, say: Say) -> list[Measured]:
             first = repetition % len(workers) if workers else 0
             for worker, each in workers[first:] + workers[:first]:
                 _time(worker, each)
-        for worker, each in workers:
-            _look_at_memory(worker, each)
     finally:
         for worker, _ in workers:
             worker.close()
@@ -108,19 +99,10 @@ def _time(worker: Worker, each: Measured) -> None:
     if each.note:
         return
     try:
-        each.timings.append(worker.step())
+        each.samples.append(worker.step())
     except LeftOutError as reason:
-        each.note = str(reason)
+        each.note, each.samples = str(reason), []
         worker.close()
-
-
-def _look_at_memory(worker: Worker, each: Measured) -> None:
-    if each.note:
-        return
-    try:
-        each.peak_mb = worker.peak_mb()
-    except LeftOutError as reason:
-        each.note = str(reason)
 
 
 def rows(measured: list[Measured]) -> list[Row]:
@@ -141,20 +123,22 @@ def rows(measured: list[Measured]) -> list[Row]:
 
 
 def _row(method: str, each: Measured, best: Measured, default: Measured, reference: Measured | None) -> Row:
-    times = [timing.elapsed for timing in each.timings] if each.counts else []
+    times = [sample.elapsed_ms for sample in each.samples]
+    middle, default_middle = each.median, default.median
+    peak_mb = middle.peak_mb if middle else None
     return {
         "model": each.task.model,
         "method": method,
         "layout": each.task.layout.name if each.task.method == PLAIN else None,
         "batch": each.task.batch,
         "median_ms": each.median_ms,
-        "cpu_ms": each.cpu_ms,
+        "cpu_ms": middle.cpu_ms if middle else None,
         "min_ms": min(times, default=None),
         "max_ms": max(times, default=None),
         "repetitions": len(times),
         "ratio": _ratio(each.median_ms, best.median_ms),
-        "peak_mb": each.peak_mb,
-        "peak_ratio": _ratio(each.peak_mb, default.peak_mb),
+        "peak_mb": peak_mb,
+        "peak_ratio": _ratio(peak_mb, default_middle.peak_mb if default_middle else None),
         "speedup_over_opacus": _ratio(reference.median_ms if reference else None, each.median_ms),
         "note": each.note,
         **_verdict(method, each),

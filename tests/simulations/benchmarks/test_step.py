@@ -25,7 +25,7 @@ from simulations.benchmarks.plan import (
 )
 from simulations.benchmarks.step import Measured, rows
 from simulations.benchmarks.table import tables
-from simulations.benchmarks.worker import LeftOutError, Timing, Worker
+from simulations.benchmarks.worker import LeftOutError, Sample, Worker, serve
 from simulations.command_line import app
 
 KEYS = {
@@ -46,24 +46,31 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["benchmark", "step", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
 # ---- the whole command
 
 
 @pytest.mark.slow
 def test_the_command_measures_and_writes(tmp_path):
     file = tmp_path / "step.json"
-    options = ("--models", "mlp", "--methods", "adadpigu, naive", "--batch", "4", "--repetitions", "2")
+    options = ("--models", "mlp", "--methods", "adadpigu,", "--batch", "4", "--repetitions", "2")
     result = invoke(*options, "--json", str(file))
     assert result.exit_code == 0, result.output
     written = json.loads(file.read_text())
-    assert [row["method"] for row in written["rows"]] == [PLAIN, "plain-default", ADADPIGU, NAIVE]
+    assert [row["method"] for row in written["rows"]] == [PLAIN, "plain-default", ADADPIGU]
     for row in written["rows"]:
         assert set(row) >= KEYS
         assert (row["model"], row["batch"], row["repetitions"], row["note"]) == ("mlp", 4, 2, "")
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
         assert row["peak_mb"] > 0
         assert row["method"] in result.output
-    plain, _, ours, _ = written["rows"]
+    plain, _, ours = written["rows"]
     assert (plain["ratio"], plain["peak_ratio"], plain["layout"]) == (1, 1, "default")
     assert ours["ratio"] == pytest.approx(ours["median_ms"] / plain["median_ms"])
     assert ours["peak_ratio"] == pytest.approx(ours["peak_mb"] / plain["peak_mb"])
@@ -144,10 +151,7 @@ class FakeWorker:
         self.turns.append(self.given.name)
         if self.given.name == self.failing:
             raise LeftOutError("it broke")
-        return Timing(20.0 if self.given.method == GHOST else 10.0, 9.0)
-
-    def peak_mb(self):
-        return 5.0
+        return Sample(20.0 if self.given.method == GHOST else 10.0, 9.0, 5.0)
 
     def close(self):
         pass
@@ -176,7 +180,7 @@ def test_a_method_that_breaks_on_the_way_has_no_figures_and_the_others_do(fake, 
 
 
 def seen(method, *milliseconds, layout=None, peak_mb=1.0):
-    return Measured(task(method, layout), [Timing(ms, ms) for ms in milliseconds], peak_mb)
+    return Measured(task(method, layout), [Sample(ms, ms, peak_mb) for ms in milliseconds])
 
 
 def test_plain_is_the_fastest_layout_and_memory_is_compared_with_the_default():
@@ -215,34 +219,62 @@ def test_bounds_are_shown_where_they_apply(fake):
 
 
 @pytest.mark.slow
-def test_a_worker_steps_and_ends():
-    worker = Worker(task(), 60)
-    timing = worker.step()
-    assert timing.elapsed > 0
-    assert worker.peak_mb() >= 0
+def test_a_worker_steps_until_a_step_takes_too_long_and_ends():
+    worker = Worker(task(batch=512), 60)
+    sample = worker.step()
+    assert sample.elapsed_ms > 0
+    assert sample.cpu_ms > 0
+    assert sample.peak_mb > 0
+    worker._limit_s = 1e-3
+    with pytest.raises(LeftOutError, match=r"more than 0\.001 s"):
+        worker.step()
     worker.close()
     worker.close()
     assert not worker._process.is_alive()
 
 
-@pytest.mark.slow
+class FakePipe:
+    """Asks for a number of steps and keeps the answers."""
+
+    def __init__(self, steps):
+        self.steps, self.answers = steps, []
+
+    def recv(self):
+        self.steps -= 1
+        if self.steps < 0:
+            raise EOFError
+
+    def send(self, answer):
+        self.answers.append(answer)
+
+
 @pytest.mark.parametrize(
-    ("given", "limit_s", "reason"),
+    ("given", "reason"),
     [
-        (task(batch=512), 1e-3, "more than 0.001 s"),
-        (task(HOOKS, limit_gb=1e-6), 60, r"would take 0\.000416 GB, more than 1e-06"),
-        (task(layout=Layout(physical_batch=-1)), 60, "RuntimeError"),
+        (task(HOOKS, limit_gb=1e-6), "the gradients that it keeps would take 0.000416 GB, more than 1e-06"),
+        (task(layout=Layout(physical_batch=-1)), "RuntimeError: "),
     ],
 )
-def test_a_method_is_left_out_with_the_reason(given, limit_s, reason):
-    with pytest.raises(LeftOutError, match=reason):
-        Worker(given, limit_s)
+def test_a_method_that_fails_says_so(given, reason):
+    pipe = FakePipe(1)
+    serve(given, pipe)
+    assert len(pipe.answers) == 1
+    assert pipe.answers[0].startswith(reason)
+
+
+def test_steps_are_served_until_the_other_side_is_gone():
+    pipe = FakePipe(2)
+    serve(task(), pipe)
+    assert pipe.answers[0] is None
+    assert len(pipe.answers) == 3
+    assert all(sample.elapsed_ms > 0 for sample in pipe.answers[1:])
 
 
 def test_the_peak_is_that_since_the_mark():
     size = 64_000_000
     del (block := [bytearray(size)])[0]  # an earlier peak
-    before = memory.mark("cpu")
+    before = memory.settle("cpu")
+    memory.start("cpu")
     assert memory.peak("cpu") - before < 10
     block.append(bytearray(size))
     del block[0]
