@@ -42,15 +42,9 @@ class Measured:
     samples: list[Sample] = field(default_factory=list)
     note: str = ""
 
-    @property
-    def median(self) -> Sample | None:
-        """Medians of what a step took: what happens to the machine during one of them does not count."""
-        return Sample(*map(statistics.median, zip(*self.samples, strict=True))) if self.samples else None
-
-    @property
-    def median_ms(self) -> float | None:
-        """Median time of a step."""
-        return self.median.elapsed_ms if self.median else None
+    def median(self, what: str) -> float | None:
+        """Median over the steps of a field of `Sample`: what happens to the machine during one step does not count."""
+        return statistics.median(getattr(sample, what) for sample in self.samples) if self.samples else None
 
 
 def measure(plan: Plan, say: Say) -> Iterator[list[Row]]:
@@ -111,8 +105,7 @@ def rows(measured: list[Measured]) -> list[Row]:
     The row ``plain`` is the fastest layout's; every layout has a row of its own beside it, ``plain-`` and its name.
     """
     plain = [each for each in measured if each.task.method == PLAIN]
-    timed = [each for each in plain if each.median_ms is not None]
-    best = min(timed, key=lambda each: each.median_ms or 0.0, default=plain[0])
+    best = min(plain, key=lambda each: each.median("elapsed_ms") or float("inf"))
     default = next(each for each in plain if each.task.layout == Layout())
     seen = {each.task.method: each for each in measured if each.task.method != PLAIN}
     reference = seen.get(STANDARDISED)
@@ -124,22 +117,22 @@ def rows(measured: list[Measured]) -> list[Row]:
 
 def _row(method: str, each: Measured, best: Measured, default: Measured, reference: Measured | None) -> Row:
     times = [sample.elapsed_ms for sample in each.samples]
-    middle, default_middle = each.median, default.median
-    peak_mb = middle.peak_mb if middle else None
+    elapsed, cpu, peak = (each.median(what) for what in ("elapsed_ms", "cpu_ms", "peak_mb"))
     return {
         "model": each.task.model,
         "method": method,
         "layout": each.task.layout.name if each.task.method == PLAIN else None,
         "batch": each.task.batch,
-        "median_ms": each.median_ms,
-        "cpu_ms": middle.cpu_ms if middle else None,
+        "median_ms": elapsed,
         "min_ms": min(times, default=None),
         "max_ms": max(times, default=None),
+        "cpu_ms": cpu,
         "repetitions": len(times),
-        "ratio": _ratio(each.median_ms, best.median_ms),
-        "peak_mb": peak_mb,
-        "peak_ratio": _ratio(peak_mb, default_middle.peak_mb if default_middle else None),
-        "speedup_over_opacus": _ratio(reference.median_ms if reference else None, each.median_ms),
+        "ratio": _ratio(elapsed, best.median("elapsed_ms")),
+        "cpu_ratio": _ratio(cpu, best.median("cpu_ms")),  # hardly disturbed by other programs
+        "peak_mb": peak,
+        "peak_ratio": _ratio(peak, default.median("peak_mb")),
+        "speedup_over_opacus": _ratio(reference.median("elapsed_ms"), elapsed) if reference else None,
         "note": each.note,
         **_verdict(method, each),
     }
