@@ -119,7 +119,7 @@ def _prepare(task: Task) -> Callable[[], Sample]:
     import torch  # noqa: PLC0415 - the parent needs none of these
 
     from simulations.benchmarks import memory  # noqa: PLC0415
-    from simulations.benchmarks.methods import Trained, kept_gb, make_step  # noqa: PLC0415
+    from simulations.benchmarks.methods import Trained, kept_gb, load, make_step  # noqa: PLC0415
 
     warnings.simplefilter("ignore")  # what libraries say is about their own use
     torch.set_num_threads(task.threads)
@@ -127,8 +127,7 @@ def _prepare(task: Task) -> Callable[[], Sample]:
     limit = min(task.limit_gb, memory.available_gb())
     if needed > limit:
         raise LeftOutError(f"the gradients that it keeps would take {needed:.3g} GB, more than {limit:.3g}")
-    # libraries load their code with the first step, which is not the memory of a method
-    make_step(task, Trained.of(task, batch=2))()
+    load(task)
     trained = Trained.of(task, batch=task.batch)
     before = memory.settle(task.device)
     step = make_step(task, trained)

@@ -29,8 +29,8 @@ from simulations.benchmarks.worker import LeftOutError, Sample, Worker, serve
 from simulations.command_line import app
 
 KEYS = {
-    "model", "method", "layout", "batch", "median_ms", "cpu_ms", "min_ms", "max_ms", "repetitions", "ratio", "cpu_ratio",
-    "peak_mb", "peak_ratio", "speedup_over_opacus", "note",
+    "model", "method", "layout", "batch", "median_ms", "cpu_ms", "min_ms", "max_ms", "repetitions", "ratio",
+    "cpu_ratio", "peak_mb", "peak_ratio", "speedup_over_opacus", "note",
 }  # fmt: skip
 
 
