@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+from simulations.benchmarks.command_line import app as benchmark
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Federated learning on Flower in which every client's records are protected by differential privacy.",
 )
+app.add_typer(benchmark, name="benchmark")
 
 _SIMULATE = """Run a whole federation on this machine: the real clients and the real server, one ledger a client.
 

@@ -1,8 +1,8 @@
 """Sums of clipped per-record gradients, behind one function."""
 
 from adadpigu_core.gradients.clipping import Augmentation, ClippedSum, GradientOptions, Loss, cross_entropy
+from adadpigu_core.gradients.engine import clipped_sum
 from adadpigu_core.gradients.rounding import check_rounding
-from adadpigu_core.gradients.simple import clipped_sum
 
 __all__ = [
     "Augmentation",

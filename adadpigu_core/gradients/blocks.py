@@ -1,0 +1,138 @@
+"""From the uses of a parameter to norms, and from factors to the sum.
+
+The cost of a block of P coordinates for one record: its gradient takes as many multiplications as the ordinary weight
+gradient that it replaces, T P for T positions, and once more for the sum unless it is kept. To keep it means to write and
+to read P numbers, which takes as long as some 50 multiplications of each. So
+
+* a short cut to the norms is taken wherever a use has one, since it needs less than P for each record;
+* a gradient is kept if that takes no more memory than inputs and output gradients, which then are forgotten, or if there
+  are many positions and enough memory;
+* otherwise inputs and output gradients stay, and the sum is one product at the end.
+
+Gradients are made a few records at a time, so that they are standardised, squared and summed inside the cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adadpigu_core.gradients.transform import Block
+from adadpigu_core.gradients.uses import Dense, Factors, Product, SquaredNorms, Use
+
+_MANY_POSITIONS = 48
+_UNDERFLOW = 2.0**-124
+
+
+class Workspace:
+    """Memory for gradients that are kept, used again by one physical batch after the other.
+
+    Args:
+        floats: How many may be kept.
+        num_records: Of the largest physical batch.
+        device: Of the model.
+    """
+
+    def __init__(self, floats: int, num_records: int, device: torch.device) -> None:
+        self._floats = floats
+        self._num_records = num_records
+        self._device = device
+        self._kept: dict[int, Tensor] = {}
+
+    def take(self, start: int, count: int, size: int, *, always: bool) -> Tensor | None:
+        """Give room for the gradients of a block, float32 [count, size], if there is any."""
+        if start not in self._kept:
+            if not always and self._num_records * size > self._floats:
+                return None
+            if not always:
+                self._floats -= self._num_records * size
+            self._kept[start] = torch.empty(self._num_records, size, device=self._device)
+        return self._kept[start][:count]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A block whose norms are known.
+
+    Args:
+        start: Its first coordinate.
+        block: Its standardisation.
+        squared_norms: Of all records.
+        standardised: Kept u_i = (g_i - a) V, [n, P] in the order of the use; None if there was no room.
+        use: What to make the sum from, and what knows the order of ``standardised``.
+    """
+
+    start: int
+    block: Block
+    squared_norms: SquaredNorms
+    standardised: Tensor | None
+    use: Use
+
+    @property
+    def stop(self) -> int:
+        """Behind its last coordinate."""
+        return self.start + self.block.inverse_scale.numel()
+
+    def clipped_sum(self, factors: Factors) -> Tensor:
+        """Sum of c_i u_i, float32 [P]."""
+        if self.standardised is not None:
+            total = factors.values @ factors.clean(self.standardised)
+            return self.use.restored(total, tuple(self.block.inverse_scale.shape)).flatten()
+        total = self.use.weighted_sum(factors)
+        if self.block.mean is not None:
+            total = total - factors.values.sum() * self.block.mean
+        return (total * self.block.inverse_scale).flatten()
+
+
+def finish(start: int, block: Block, uses: Sequence[Use], clipping_norm: float, workspace: Workspace) -> Finished:
+    """Compute the norms of a block.
+
+    Args:
+        start: First coordinate of the block.
+        block: Its standardisation.
+        uses: All uses of the block by the same records.
+        clipping_norm: C, by which a short cut judges whether it is accurate enough.
+        workspace: Where gradients may be kept.
+    """
+    use = _one(uses, tuple(block.inverse_scale.shape))
+    short = use.squared_norms(block, clipping_norm)
+    if short is not None:
+        return Finished(start, block, short, None, use)
+    count, size = use.num_records, block.inverse_scale.numel()
+    small = size <= use.held
+    kept = workspace.take(start, count, size, always=small) if small or use.positions >= _MANY_POSITIONS else None
+    values = _squared_norms(use, block, kept)
+    if kept is not None:
+        use.forget()
+    return Finished(start, block, SquaredNorms(values, size * _UNDERFLOW), kept, use)
+
+
+def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
+    """Squared norms through gradients, float64 [n]; standardised ones are written to ``kept``, [n, P]."""
+    inverse_scale = use.arranged(block.inverse_scale)
+    mean = None if block.mean is None else use.arranged(block.mean)
+    device = inverse_scale.device
+    values = torch.empty(use.num_records, dtype=torch.float64, device=device)
+    chunk = use.chunk(len(inverse_scale)) if device.type == "cpu" else use.num_records
+    for first in range(0, use.num_records, chunk):
+        last = min(first + chunk, use.num_records)
+        gradients = use.gradients(first, last)
+        if mean is not None:
+            gradients = gradients - mean
+        standardised = torch.mul(gradients, inverse_scale, out=None if kept is None else kept[first:last])
+        values[first:last] = standardised.square().sum(1)
+    return values
+
+
+def _one(uses: Sequence[Use], shape: tuple[int, ...]) -> Use:
+    """Put the uses of a parameter together: gradients add up before they are squared."""
+    if len(uses) == 1:
+        return uses[0]
+    products = [use for use in uses if type(use) is Product]
+    if len(products) == len(uses):
+        return Product.joined(products)
+    total, *others = (use.restored(use.gradients(0, use.num_records), shape) for use in uses)
+    for gradients in others:
+        total = total + gradients
+    return Dense(total)
