@@ -3,13 +3,18 @@
 The oracle differentiates a float64 copy of the model for one view of one record at a time, by ordinary autograd: no
 vmap, no hooks, and no formula of the engine's.
 
-Tolerance: a norm may be wrong by 1e-5 of itself and by what float32 costs anybody. The second part is measured, not
-chosen: `Reference.rounding` is how far ordinary float32 autograd is from the oracle for that record, the largest error
-within a parameter for each of its coordinates, since a single coordinate can be right by luck. It is standardised like
-the gradient, with the rounding of the mean, and a few times its norm is allowed. Without cancellation it is a tenth
-of the first part. It matters where a coordinate that is tiny by cancellation has a scale of 1e-6, or where the mean
-takes nearly all of a gradient away: there nobody can do better in float32. A tolerance relative to the largest gradient
-would be simpler, and would let gross errors in layers with small gradients pass.
+Tolerance: a norm may be wrong by 1e-5 of the size of what it is computed from, and by what float32 costs anybody.
+
+* Size is the norm of m (|g| + |a|) / b. Without a mean it is the norm of u itself. Where the mean takes nearly all of a
+  gradient away, it is larger: (g - a)^2 may be computed as g^2 - 2 g a + a^2, which has an error relative to g^2 + a^2.
+  Nothing is lost by it: such a record is small beside others, and the bound on what it contributes is held elsewhere,
+  without any tolerance.
+* What float32 costs is measured, not chosen: `Reference.rounding` is how far ordinary float32 autograd is from the
+  oracle for that record, the largest error within a parameter for each of its coordinates, since a single coordinate
+  can be right by luck. It is standardised like the gradient, with the rounding of the mean, and a few times its norm
+  is allowed. Mostly it is a tenth of the first part. It matters where a coordinate that is tiny by cancellation has a
+  scale of 1e-6: nobody can do better in float32. A tolerance relative to the largest gradient would be simpler, and
+  would let gross errors in layers with small gradients pass.
 """
 
 import copy
@@ -145,12 +150,17 @@ def _reference(
     return Reference(double, torch.cat(errors, 1), sizes)
 
 
+def _norms(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=1)
+
+
 def _expected(reference: Reference, given: Standardisation, clipping_norm: float) -> Expected:
     mask, mean, scale = given.mask, given.mean.double(), given.scale.double()
     u = torch.where(mask, (reference.gradients - mean) / scale, 0.0)
-    norms = torch.linalg.vector_norm(u, dim=1)
-    error = torch.where(mask, (reference.rounding + LAST_BIT * mean.abs()) / scale, 0.0)
-    tolerances = RELATIVE * norms + FLOAT32_ERRORS * torch.linalg.vector_norm(error, dim=1)
+    norms = _norms(u)
+    sizes = torch.where(mask, (reference.gradients.abs() + mean.abs()) / scale, 0.0)
+    errors = torch.where(mask, (reference.rounding + LAST_BIT * mean.abs()) / scale, 0.0)
+    tolerances = RELATIVE * _norms(sizes) + FLOAT32_ERRORS * _norms(errors)
     factors = torch.where(norms > clipping_norm, clipping_norm / norms, 1.0)
     contributions = torch.where(torch.isfinite(norms).unsqueeze(1), factors.unsqueeze(1) * u, 0.0)
     return Expected(norms, contributions, tolerances, factors)
