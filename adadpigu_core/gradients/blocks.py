@@ -1,12 +1,12 @@
 """From the uses of a parameter to norms, and from factors to the sum.
 
-The cost of a block of P coordinates for one record: its gradient takes as many multiplications as the ordinary weight
-gradient that it replaces, T P for T positions, and once more for the sum unless it is kept. To keep it means to write and
-to read P numbers, which takes as long as some 50 multiplications of each. So
+The cost of a block of P coordinates for one record: its gradient takes T P multiplications for T positions, as the
+ordinary weight gradient that it replaces, and as many again for the sum unless it is kept. To keep it means to write
+and to read P numbers, which takes as long as some 50 multiplications of each. So
 
 * a short cut to the norms is taken wherever a use has one, since it needs less than P for each record;
-* a gradient is kept if that takes no more memory than inputs and output gradients, which then are forgotten, or if there
-  are many positions and enough memory;
+* a gradient is kept if that takes no more memory than inputs and output gradients, which then are forgotten, or if
+  there are many positions and enough memory;
 * otherwise inputs and output gradients stay, and the sum is one product at the end.
 
 Gradients are made a few records at a time, so that they are standardised, squared and summed inside the cache.
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from adadpigu_core.gradients.transform import Block
-from adadpigu_core.gradients.uses import Dense, Factors, Product, SquaredNorms, Use
+from adadpigu_core.gradients.uses import UNDERFLOW, UNIT, Dense, Factors, Product, SquaredNorms, Use
 
 _MANY_POSITIONS = 48
-_UNDERFLOW = 2.0**-124
 
 
 class Workspace:
@@ -85,27 +84,30 @@ class Finished:
         return (total * self.block.inverse_scale).flatten()
 
 
-def finish(start: int, block: Block, uses: Sequence[Use], clipping_norm: float, workspace: Workspace) -> Finished:
+def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) -> Finished:
     """Compute the norms of a block.
 
     Args:
         start: First coordinate of the block.
         block: Its standardisation.
         uses: All uses of the block by the same records.
-        clipping_norm: C, by which a short cut judges whether it is accurate enough.
         workspace: Where gradients may be kept.
     """
     use = _one(uses, tuple(block.inverse_scale.shape))
-    short = use.squared_norms(block, clipping_norm)
+    short = use.squared_norms(block)
     if short is not None:
         return Finished(start, block, short, None, use)
     count, size = use.num_records, block.inverse_scale.numel()
     small = size <= use.held
     kept = workspace.take(start, count, size, always=small) if small or use.positions >= _MANY_POSITIONS else None
     values = _squared_norms(use, block, kept)
+    doubt: Tensor | float = size * UNDERFLOW
     if kept is not None:
         use.forget()
-    return Finished(start, block, SquaredNorms(values, size * _UNDERFLOW), kept, use)
+    else:
+        # the sum adds up the positions in another order than the norm did
+        doubt = doubt + 2 * use.positions * UNIT * values
+    return Finished(start, block, SquaredNorms(values, doubt), kept, use)
 
 
 def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Sums of clipped standardised gradients, without the gradients of single records.
 
-With u_i = m (g_i - a) / b, the sum of u_i min(1, C / ||u_i||) needs one squared norm ||u_i||^2 a record and one weighted
-sum. One forward and one backward pass over a physical batch give, layer by layer, inputs and output gradients
+With u_i = m (g_i - a) / b, the sum of u_i min(1, C / ||u_i||) needs one squared norm ||u_i||^2 a record and one
+weighted sum. One forward and one backward pass over a physical batch give, layer by layer, inputs and output gradients
 (`recorder`); from these follow the norms and then the sum (`blocks`). Ordinary weight gradients are never computed, and
 parameters without retained coordinates cost nothing.
 
@@ -96,14 +96,14 @@ def clipped_sum(
 def _physical_batches(
     count: int, found: Survey, options: GradientOptions, device: torch.device
 ) -> list[tuple[int, int]]:
-    """Divide records into batches of nearly equal size; activations take half of the memory, kept gradients the rest."""
+    """Divide records into batches of nearly equal size; activations take half of the memory, kept gradients half."""
     number = math.ceil(count / max(1, _memory(options, device) // 2 // found.bytes_per_record))
     bounds = [i * count // number for i in range(number + 1)] if count else []
     return list(pairwise(bounds))
 
 
 def _memory(options: GradientOptions, device: torch.device) -> int:
-    """Bytes for one physical batch: by default, what caches like on a CPU, or a share of what an accelerator has free."""
+    """Bytes for one physical batch: by default what caches like, or a share of what an accelerator has free."""
     if options.memory_limit is not None:
         return options.memory_limit
     return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CPU_MEMORY
@@ -205,7 +205,7 @@ class _Pass:
 
     def _finish(self, tracked: Tracked, uses: list[Use]) -> None:
         block = self._task.transform.block(tracked.start, tuple(tracked.value.shape))
-        self._done.append(finish(tracked.start, block, uses, self._task.clipping_norm, self._task.workspace))
+        self._done.append(finish(tracked.start, block, uses, self._task.workspace))
 
     def _check_strays(self) -> None:
         """A parameter with an ordinary gradient was used where the recorder cannot see it."""

@@ -6,6 +6,7 @@ gradients of single records are. It is done for the innermost module that owns t
 is recorded as usual.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -67,7 +68,10 @@ class Copies:
         original = module.__dict__.pop("forward")
         recorder.paused = True
         try:
-            return self._vectorised(module, args, kwargs)
+            with warnings.catch_warnings():
+                # where torch has no rule for many records at once it takes one after the other: slow, but right
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                return self._vectorised(module, args, kwargs)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             text = (
                 f"module {path or '(the model itself)'} is a {type(module).__name__}, whose gradients of single "
@@ -90,13 +94,23 @@ class Copies:
         if not any(batched):
             raise ValueError("it is not called with the data of records")
 
-        def one(own: tuple[Tensor, ...], *inputs: Any) -> Any:
+        outside: list[tuple[list[Any], pytree.TreeSpec]] = []  # what vmap does not return: None, and how it is nested
+
+        def one(own: tuple[Tensor, ...], *inputs: Any) -> tuple[Tensor, ...]:
             given, keywords = pytree.tree_unflatten(list(inputs), structure)
-            return torch.func.functional_call(module, dict(zip(names, own, strict=True)), given, keywords)
+            output = torch.func.functional_call(module, dict(zip(names, own, strict=True)), given, keywords)
+            values, spec = pytree.tree_flatten(output)
+            outside.append(([None if isinstance(value, Tensor) else value for value in values], spec))
+            return tuple(value if isinstance(value, Tensor) else torch.zeros(()) for value in values)
 
         dims = (0, *[0 if is_batched else None for is_batched in batched])
-        output = torch.func.vmap(one, in_dims=dims, randomness="different")(tuple(copies), *grouped)
-        return pytree.tree_map(lambda value: value.flatten(0, 1), output)
+        found = torch.func.vmap(one, in_dims=dims, randomness="different")(tuple(copies), *grouped)
+        others, spec = outside[0]
+        values = [
+            value.flatten(0, 1) if other is None and value.dim() > 1 else other
+            for value, other in zip(found, others, strict=True)
+        ]
+        return pytree.tree_unflatten(values, spec)
 
     def _copied(self, module: nn.Module) -> tuple[list[str], list[Tensor]]:
         names, copies = [], []

@@ -82,6 +82,8 @@ class Layer(ABC):
 
 Rule = Callable[..., Tensor]
 RULES: dict[Callable[..., Any], Rule] = {}
+DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""What stands in for functions that torch.func cannot run for many records at once."""
 
 # What can be asked of a parameter without a gradient being lost.
 _HARMLESS = {
@@ -156,7 +158,7 @@ class Recorder(TorchFunctionMode):
         """Look at one call of torch."""
         kwargs = kwargs or {}
         if self.paused:
-            return func(*args, **kwargs)
+            return DECOMPOSITIONS.get(func, func)(*args, **kwargs)
         touched = self._first_tracked((*args, *kwargs.values()))
         if touched is None:
             return func(*args, **kwargs)

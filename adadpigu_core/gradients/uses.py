@@ -17,8 +17,10 @@ from torch import Tensor
 
 from adadpigu_core.gradients.transform import Block
 
-_UNIT = 2.0**-24  # rounding error of float32
+UNIT = 2.0**-24  # rounding error of float32
 _CACHED_FLOATS = 250_000  # 1 MB
+_MOST_CANCELLATION = 5.0  # terms over their sum
+UNDERFLOW = 2.0**-124  # what squares of numbers too small for float32 lose, each at most
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,13 @@ class Use(ABC):
     def weighted_sum(self, factors: Factors) -> Tensor:
         """Sum of c_i g_i, float32 [*shape]."""
 
-    def squared_norms(self, block: Block, clipping_norm: float) -> SquaredNorms | None:
+    def squared_norms(self, block: Block) -> SquaredNorms | None:
         """A cheaper way to the norms than through ``gradients``, if there is one."""
         return None
 
+    @abstractmethod
     def forget(self) -> None:
-        """Let go of what is not needed any more, once gradients are kept elsewhere."""
+        """Let go of what gradients are made from, once they are kept elsewhere."""
 
     def arranged(self, values: Tensor) -> Tensor:
         """Put values of a parameter, [*shape], into the own order, [P]."""
@@ -91,7 +94,7 @@ class Use(ABC):
 
     def restored(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Bring [..., P] in the own order back to [..., *shape]."""
-        return values.unflatten(-1, shape)  # type: ignore[no-untyped-call, no-any-return]
+        return values.reshape(*values.shape[:-1], *shape)
 
     def chunk(self, size: int) -> int:
         """How many gradients of P numbers to make at a time on a CPU: what stays inside the cache."""
@@ -114,23 +117,28 @@ class Dense(Use):
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Gradients of some records."""
-        return self.values[start:stop].flatten(1)
+        return self.values[start:stop].reshape(stop - start, -1)
+
+    def forget(self) -> None:
+        """Let go of the gradients as they were."""
+        self.values = self.values.new_empty(0)
 
     def weighted_sum(self, factors: Factors) -> Tensor:
         """Sum of c_i g_i."""
-        return (factors.values @ factors.clean(self.values).flatten(1)).view(self.values.shape[1:])
+        rows = factors.clean(self.values).reshape(self.num_records, -1)
+        return (factors.values @ rows).view(self.values.shape[1:])
 
 
 class Product(Use):
     """A matrix W [O, I] that is applied to T positions of a record: g = sum_t e_t x_t^T.
 
-    For one position and weights V^2 = w, the squared norm is
+    For one position and V^2 = w, the squared norm is
 
         (e^2)^T w (x^2) - 2 e^T (w a) x + sum(w a^2),
 
     three matrix products for all records together. Rounding errors of float32 products of length L are at most
     (L + 8) 2^-24 times the sum of the absolute terms, which is at most twice the first term plus the last: this is the
-    doubt. Where the last term is so large that the doubt would blur the clipping norm, gradients are made one by one.
+    doubt. Where nearly everything cancels, the gradient of the record is made after all.
 
     Args:
         inputs: x, float32 [n, T, I].
@@ -165,7 +173,7 @@ class Product(Use):
             inputs, errors = factors.clean(inputs), factors.apply(errors)
         return errors.flatten(0, 1).t() @ inputs.flatten(0, 1)
 
-    def squared_norms(self, block: Block, clipping_norm: float) -> SquaredNorms | None:
+    def squared_norms(self, block: Block) -> SquaredNorms | None:
         """The short cut for one position; for more, a gradient costs no more than the product it replaces."""
         if self.inputs.shape[1] != 1:
             return None
@@ -173,15 +181,23 @@ class Product(Use):
         size = (e_size * x_size).square()
         if block.common_weight is not None:
             return SquaredNorms(size * block.common_weight * _squares(e) * _squares(x))
-        rounding = (min(block.weights.shape) + 8) * _UNIT * (1 if block.mean is None else 2)
-        if block.mean is not None and not rounding * float(block.offset) <= 0.01 * clipping_norm**2:
-            return None
+        rounding = (min(block.weights.shape) + 8) * UNIT
         first = size * _bilinear(e.square(), block.weights, x.square())
-        doubt = rounding * (first + block.offset) + size * block.underflow
         if block.mean is None:
-            return SquaredNorms(first, doubt)
-        cross = size.sqrt() * _bilinear(e, block.weighted_mean, x)
-        return SquaredNorms((first - 2 * cross + block.offset).clamp(min=0), doubt)
+            return SquaredNorms(first, rounding * first + size * block.underflow)
+        absolute = first + block.offset
+        values = absolute - 2 * size.sqrt() * _bilinear(e, block.weighted_mean, x)
+        doubt = 2 * rounding * absolute + size * block.underflow
+        self._correct(values, doubt, ~(absolute <= _MOST_CANCELLATION * values), block)
+        return SquaredNorms(values, doubt)
+
+    def _correct(self, values: Tensor, doubt: Tensor, wrong: Tensor, block: Block) -> None:
+        """Make the gradients of records of which the mean takes nearly all away."""
+        assert block.mean is not None  # noqa: S101  # nothing cancels without one
+        for record in wrong.nonzero().flatten().tolist():
+            gradient = self.gradients(record, record + 1).view_as(block.mean)
+            values[record] = ((gradient - block.mean) * block.inverse_scale).square().sum()
+            doubt[record] = block.mean.numel() * UNDERFLOW
 
 
 def _normalised(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adadpigu_core.gradients.recorder import Argument, Layer, Recorder, register_rule
+from adadpigu_core.gradients.transform import Block
 from adadpigu_core.gradients.uses import Dense, Factors, Product, Use
 
 _LARGE_FILTER = 50_000  # floats of a gradient beyond which patches are faster on a CPU
@@ -214,7 +215,7 @@ class Pointwise(Product):
         """Sum of c_i g_i."""
         return super().weighted_sum(factors).view(self._shape)
 
-    def squared_norms(self, block: Any, clipping_norm: float) -> None:
+    def squared_norms(self, block: Block) -> None:
         """Nothing shorter than the gradients."""
         return
 

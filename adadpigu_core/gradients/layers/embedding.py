@@ -13,10 +13,9 @@ from torch import Tensor
 
 from adadpigu_core.gradients.recorder import Argument, Layer, Recorder, UnsupportedUseError, register_rule
 from adadpigu_core.gradients.transform import Block
-from adadpigu_core.gradients.uses import Factors, SquaredNorms, Use
+from adadpigu_core.gradients.uses import UNDERFLOW, Factors, SquaredNorms, Use
 
 _CHUNK_FLOATS = 1_000_000
-_ROUNDING = 1e-6  # relative to the offset, from which rows that do occur are taken off
 
 
 class Lookup(Use):
@@ -32,7 +31,7 @@ class Lookup(Use):
         self.tokens = tokens
         self.errors = errors
         self.num_rows = num_rows
-        self.num_records = len(tokens)
+        self.num_records, self.positions = tokens.shape
         self.held = tokens[:1].numel() + errors[:1].numel()
 
     def gradients(self, start: int, stop: int) -> Tensor:
@@ -41,36 +40,50 @@ class Lookup(Use):
         first = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * self.num_rows
         flat = torch.zeros(len(tokens) * self.num_rows, errors.shape[2], device=errors.device)
         flat.index_add_(0, (tokens + first).flatten(), errors.flatten(0, 1))
-        return flat.view(len(tokens), self.num_rows, -1)
+        return flat.view(len(tokens), -1)
 
     def weighted_sum(self, factors: Factors) -> Tensor:
-        """Sum of c_i g_i."""
+        """Sum of c_i g_i, from the very rows that were measured."""
         total = torch.zeros(self.num_rows, self.errors.shape[2], device=self.errors.device)
-        return total.index_add_(0, self.tokens.flatten(), factors.apply(self.errors).flatten(0, 1))
+        for records in self._chunks():
+            rows, _ = self._rows(records)
+            part = Factors(factors.values[records], None if factors.broken is None else factors.broken[records])
+            total.index_add_(0, self.tokens[records].flatten(), part.apply(rows).flatten(0, 1))
+        return total
 
-    def squared_norms(self, block: Block, clipping_norm: float) -> SquaredNorms:
+    def squared_norms(self, block: Block) -> SquaredNorms:
         """Touch only the rows that occur: the others give the offset."""
-        count, positions = self.tokens.shape
-        values = torch.empty(count, dtype=torch.float64, device=self.errors.device)
-        chunk = max(1, _CHUNK_FLOATS // (positions * max(positions, self.errors.shape[2])))
-        for start in range(0, count, chunk):
-            values[start : start + chunk] = self._chunk(slice(start, start + chunk), block)
-        doubt: Tensor | float = block.weights.numel() * 2.0**-124
-        if block.mean is not None:
-            values, doubt = (values + block.offset).clamp(min=0), doubt + _ROUNDING * block.offset
-        return SquaredNorms(values, doubt)
+        values = torch.empty(self.num_records, dtype=torch.float64, device=self.errors.device)
+        for records in self._chunks():
+            values[records] = self._squares(records, block)
+        return SquaredNorms(values + block.offset, block.inverse_scale.numel() * UNDERFLOW)
 
-    def _chunk(self, records: slice, block: Block) -> Tensor:
-        tokens, errors = self.tokens[records], self.errors[records]
+    def forget(self) -> None:
+        """Let go of the output gradients."""
+        self.errors = self.errors.new_empty(0)
+
+    def _chunks(self) -> Iterable[slice]:
+        chunk = max(1, _CHUNK_FLOATS // (self.positions * max(self.positions, self.errors.shape[2])))
+        return (slice(start, start + chunk) for start in range(0, self.num_records, chunk))
+
+    def _rows(self, records: slice) -> tuple[Tensor, Tensor]:
+        """Gradient of the row of each token where it stands first, zero where it stands again, and where that is."""
+        tokens = self.tokens[records]
         equal = tokens.unsqueeze(1) == tokens.unsqueeze(2)
-        again = equal.tril(-1).any(2)  # the token stood at an earlier position
-        rows = torch.bmm(equal.float(), errors)
+        again = equal.tril(-1).any(2)
+        return torch.bmm(equal.float(), self.errors[records]).masked_fill_(again.unsqueeze(2), 0.0), again
+
+    def _squares(self, records: slice, block: Block) -> Tensor:
+        tokens = self.tokens[records]
+        rows, again = self._rows(records)
         inverse_scale = block.inverse_scale[tokens]
         if block.mean is None:
             squares = (rows * inverse_scale).square().sum(2)
         else:
             mean = block.mean[tokens]
-            squares = ((rows - mean) * inverse_scale).square().sum(2) - (mean * inverse_scale).square().sum(2)
+            # in float64, so that what the offset counts for these rows is taken off to the last bit
+            without = (mean * inverse_scale).double().square().sum(2)
+            squares = ((rows - mean) * inverse_scale).square().sum(2) - without
         return squares.masked_fill(again, 0.0).sum(1, dtype=torch.float64)
 
 

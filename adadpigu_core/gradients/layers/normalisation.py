@@ -106,18 +106,17 @@ class GroupNormalisation(_Normalisation):
         """Sum over positions and views."""
         e = e.float()
         count = (recorder.num_records, recorder.views, -1)
-        inner = tuple(range(2, x.dim()))
         if self.weight is not None and self.weight.tracked is not None:
-            channels = (len(x), -1, *[1] * len(inner))
+            channels = (len(x), -1, *[1] * (x.dim() - 2))
             repeat = x.shape[1] // self.groups
             mean, inverse = (
                 moment.float().view(len(x), -1).repeat_interleave(repeat, 1).view(channels)
                 for moment in (self.mean, self.inverse_stddev)
             )
-            sums = (x.float() - mean).mul_(e).sum(inner) * inverse.flatten(1)
+            sums = (x.float() - mean).mul_(e).flatten(1).view(len(x), x.shape[1], -1).sum(2) * inverse.flatten(1)
             yield self.weight, Dense(sums.view(count).sum(1))
         if self.bias is not None and self.bias.tracked is not None:
-            yield self.bias, Dense(e.sum(inner).view(count).sum(1))
+            yield self.bias, Dense(e.reshape(len(x), x.shape[1], -1).sum(2).view(count).sum(1))
 
 
 def _format(x: Tensor) -> torch.memory_format:

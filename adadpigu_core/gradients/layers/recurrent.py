@@ -6,14 +6,14 @@ input's matrix is applied to all steps at once, and the uses of the state's matr
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adadpigu_core.gradients.layers.linear import matrix
-from adadpigu_core.gradients.recorder import Recorder, register_rule
+from adadpigu_core.gradients.recorder import DECOMPOSITIONS, Recorder, register_rule
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, Tensor, State], State]
@@ -39,12 +39,15 @@ def _plain(activation: Callable[[Tensor], Tensor], from_input: Tensor, from_stat
 
 def _direction(recorder: Recorder, x: Tensor, state: State, weights: list[Tensor], cell: Cell) -> tuple[Tensor, State]:
     """Run one direction of one layer over [rows, T, I]."""
-    of_input, of_state, *biases = weights
-    input_bias, state_bias = biases or (None, None)
+    of_input, of_state, *others = weights
+    input_bias, state_bias = others[:2] if len(others) > 1 else (None, None)
+    projection = others[-1] if len(others) in (1, 3) else None
     steps = matrix(recorder, x, of_input, input_bias).unbind(1)
     outputs = []
     for step in steps:
         state = cell(step, matrix(recorder, state[0], of_state, state_bias), state)
+        if projection is not None:
+            state = (matrix(recorder, state[0], projection, None), *state[1:])
         outputs.append(state[0])
     return torch.stack(outputs, 1), state
 
@@ -66,12 +69,9 @@ def _network(
         raise recorder.unsupported(
             "is used by a recurrent network on packed sequences or on one record", weights, has_biases
         )
-    if any(recorder.tracked(w) is None and w.requires_grad for w in weights):
-        raise recorder.unsupported("is used by a recurrent network with computed weights", weights)
     states = initial if isinstance(initial, tuple) else (initial,)
-    directions, size = 1 + bidirectional, 4 if has_biases else 2
-    if len(weights) != num_layers * directions * size:
-        raise recorder.unsupported("is used by a recurrent network with projections", weights)
+    directions = 1 + bidirectional
+    size = len(weights) // (num_layers * directions)  # matrices and biases, and a projection if there is one
     x = x if batch_first else x.transpose(0, 1)
     last: list[State] = []
     for layer in range(num_layers):
@@ -105,6 +105,14 @@ def _single(
     return state if len(state) > 1 else state[0]
 
 
+class _Unwatched:
+    """Stands in for a recorder where nothing is to be recorded."""
+
+    @staticmethod
+    def tracked(_value: object) -> None:
+        return None
+
+
 for _cell, _of_network, _of_cell in (
     (_lstm, torch.lstm, torch.lstm_cell),
     (_gru, torch.gru, torch.gru_cell),
@@ -112,4 +120,5 @@ for _cell, _of_network, _of_cell in (
     (partial(_plain, torch.relu), torch.rnn_relu, torch.rnn_relu_cell),
 ):
     register_rule(_of_network)(partial(_network, _cell))
+    DECOMPOSITIONS[_of_network] = partial(_network, _cell, cast(Recorder, _Unwatched()))
     register_rule(_of_cell)(partial(_single, _cell))
