@@ -20,6 +20,7 @@ Tolerance: a norm may be wrong by 1e-5 of the size of what it is computed from, 
 import copy
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +32,15 @@ from torch import Tensor, nn
 
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients import ClippedSum, clipped_sum
 
 CLASSES = 3
 LAST_BIT = 2.0**-23
 RELATIVE = 1e-5
 FLOAT32_ERRORS = 6  # how many times worse than float32 autograd, beyond the relative part
+
+REMEDY = re.compile(r"\b(replace|use|set|pass|give|return|call|write|make|move|wrap|rewrite|freeze|leave|must)\b", re.I)
 
 MASKS = ("empty", "one", "tenth", "most", "without a layer", "only a layer", "full")
 MEANS = ("zero", "random", "near", "far")
@@ -250,6 +254,36 @@ def _agree(
             alone = records.select([number % len(records)])
             total = clipped_sum(model, loss, alone, given, bound, **arguments).total
             assert _exact_norm(total) <= bound, f"{mask, mean, scale, norm}: a record contributes more than C"
+
+
+def _agree_or_refuse(model: nn.Module, records: Records, *names: str, **arguments: Any) -> None:
+    """For what need not be supported, but must never be silently wrong.
+
+    Args:
+        model: In a refusal, one of ``names`` must be named, and a remedy.
+        records: Compared with the oracle if nothing is refused.
+        names: Of modules, parameters or kinds.
+        arguments: For `_agree`.
+    """
+    try:
+        _agree(model, records, **arguments)
+    except ModelError as error:
+        refusal = str(error)
+    else:
+        return
+    assert any(name in refusal for name in names), refusal
+    assert REMEDY.search(refusal), refusal
+
+
+@pytest.fixture(scope="session")
+def agree_or_refuse() -> Callable[..., None]:
+    return _agree_or_refuse
+
+
+@pytest.fixture(scope="session")
+def remedy() -> re.Pattern[str]:
+    """What a message that says what to do must have in it."""
+    return REMEDY
 
 
 @pytest.fixture(scope="session")

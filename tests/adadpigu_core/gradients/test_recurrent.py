@@ -2,25 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from adadpigu_core.exceptions import ModelError
-
-
-@pytest.fixture
-def agree_or_refuse(agree):
-    """For what need not be supported: the refusal must name one of the given things."""
-
-    def check(model, records, *names):
-        try:
-            agree(model, records)
-        except ModelError as error:
-            refusal = str(error)
-        else:
-            return
-        assert any(name in refusal for name in names), refusal
-
-    return check
-
-
 KINDS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 

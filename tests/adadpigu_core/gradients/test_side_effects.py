@@ -259,8 +259,9 @@ class Watched(nn.Module):
 
     def forward(self, x):
         hidden = self.first(x)
-        self.seen.append(weakref.ref(hidden))
-        return self.second(torch.tanh(hidden))
+        bent = torch.tanh(hidden)
+        self.seen += [weakref.ref(hidden), weakref.ref(bent)]
+        return self.second(bent)
 
 
 @pytest.mark.parametrize("fails", [False, True])
