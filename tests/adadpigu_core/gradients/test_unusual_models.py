@@ -15,7 +15,7 @@ from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients import clipped_sum
 
-COUNTS = (1, 4, 5)
+COUNTS = (4, 5)
 
 
 class Around(nn.Module):
