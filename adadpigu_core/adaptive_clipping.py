@@ -17,9 +17,10 @@ The clipped sum has sensitivity C whatever a and b are, so a bad statistic can c
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Protocol
+from functools import cached_property, lru_cache
+from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,9 +70,9 @@ class AdaptiveClipping:
             raise ConfigurationError(f"adaptive-clipping.shrinkage: must be in [0, 1], got {self.shrinkage}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Standardisation:
-    """The transform of one step; any finite values are safe, as long as the scale is positive.
+    """The transform of one step; any finite values are safe, as long as the scale is positive. Tensors are not changed.
 
     Args:
         mask: Retained coordinates m, bool [d].
@@ -82,6 +83,11 @@ class Standardisation:
     mask: Tensor
     mean: Tensor
     scale: Tensor
+
+    @cached_property
+    def retained(self) -> Tensor:
+        """Indices of the retained coordinates, int64 [k]."""
+        return torch.from_numpy(np.flatnonzero(self.mask.numpy()))
 
     @classmethod
     def identity(cls, num_parameters: int) -> "Standardisation":
@@ -94,7 +100,12 @@ class Standardisation:
 
 
 class Statistics(Protocol):
-    """What private steps read before a step and learn after it."""
+    """What private steps read before a step and, if they ``learn``, learn after it."""
+
+    @property
+    def learn(self) -> bool:
+        """Whether a released gradient changes anything."""
+        ...
 
     def standardisation(self, mask: Tensor) -> Standardisation:
         """Give the transform for a mask, bool [d]."""
@@ -111,6 +122,7 @@ class FixedStatistics:
 
     mean: Tensor
     scale: Tensor
+    learn: ClassVar[bool] = False
 
     @classmethod
     def neutral(cls, num_parameters: int) -> "FixedStatistics":
@@ -118,12 +130,17 @@ class FixedStatistics:
         return cls(torch.zeros(num_parameters), torch.ones(num_parameters))
 
     def standardisation(self, mask: Tensor) -> Standardisation:
-        """Give the transform for a mask, bool [d]."""
-        return Standardisation(mask, self.mean, self.scale)
+        """Give the transform for a mask, bool [d]; the very same one while the mask is, for what is derived from it."""
+        return _fixed(mask, self.mean, self.scale)
 
     def updated(self, released_gradient: Tensor, noise_stddev: Tensor, mask: Tensor) -> "FixedStatistics":
         """Learn nothing."""
         return self
+
+
+@lru_cache(maxsize=2)
+def _fixed(mask: Tensor, mean: Tensor, scale: Tensor) -> Standardisation:
+    return Standardisation(mask, mean, scale)
 
 
 @dataclass(frozen=True)
@@ -145,6 +162,7 @@ class RunningStatistics:
     moment: Tensor
     weight: Tensor
     variance: Tensor
+    learn: ClassVar[bool] = True
 
     @classmethod
     def neutral(cls, settings: AdaptiveClipping, layout: ParameterLayout) -> "RunningStatistics":

@@ -13,12 +13,13 @@ release, new statistics and event then come out of one call, so that no release 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from adadpigu_core.accounting import Event
-from adadpigu_core.adaptive_clipping import Statistics
+from adadpigu_core.adaptive_clipping import Standardisation, Statistics
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import Loss, clipped_sum
@@ -74,17 +75,25 @@ class Mechanism:
         return self.sum_noise_stddev / self.expected_batch_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Release:
     """What a private step lets out.
 
     Args:
         gradient: Noisy mean gradient ghat, float32 [d], exactly zero where the mask is False.
-        noise_stddev: Known standard deviation of its noise, float32 [d].
+        standardisation: Under which the noise was added.
+        standardised_noise_stddev: Standard deviation of the noise on the standardised mean gradient.
     """
 
     gradient: Tensor
-    noise_stddev: Tensor
+    standardisation: Standardisation
+    standardised_noise_stddev: float
+
+    @cached_property
+    def noise_stddev(self) -> Tensor:
+        """Known standard deviation of the noise in the gradient, float32 [d], zero where the mask is False."""
+        given = self.standardisation
+        return torch.where(given.mask, given.scale.double() * self.standardised_noise_stddev, 0.0).float()
 
 
 def private_step(
@@ -124,9 +133,17 @@ def private_step(
         torch.default_generator.manual_seed(randomness.torch_seed())
         total = clipped_sum(model, loss, drawn, standardisation, mechanism.clipping_norm).total
     charge(mechanism.event)
-    noisy = add_gaussian_noise(total, mechanism.sum_noise_stddev, mask, randomness)
-    mean, scale = standardisation.mean.double(), standardisation.scale.double()
-    gradient = torch.where(mask, mean + scale * noisy / mechanism.expected_batch_size, 0.0).float()
-    noise_stddev = torch.where(mask, scale * mechanism.noise_stddev, 0.0).float()
-    release = Release(gradient, noise_stddev)
-    return release, statistics.updated(gradient, noise_stddev, mask), mechanism.event
+    release = _release(total, standardisation, mechanism, randomness)
+    if statistics.learn:
+        statistics = statistics.updated(release.gradient, release.noise_stddev, mask)
+    return release, statistics, mechanism.event
+
+
+def _release(total: Tensor, given: Standardisation, mechanism: Mechanism, randomness: Randomness) -> Release:
+    """Add the noise and map back; only retained coordinates are looked at, since the others may hold anything."""
+    retained = given.retained
+    scale = given.scale[retained]
+    noisy = add_gaussian_noise(total[retained], mechanism.sum_noise_stddev, randomness)
+    noisy.mul_(scale).div_(mechanism.expected_batch_size).add_(given.mean[retained])
+    gradient = torch.zeros(total.shape, dtype=torch.float32).index_copy_(0, retained, noisy.float())
+    return Release(gradient, given, mechanism.noise_stddev)

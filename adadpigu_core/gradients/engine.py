@@ -40,7 +40,7 @@ from adadpigu_core.parameters import ParameterLayout
 
 # A sum may be made by another kernel than its norm: the rounding errors of the two differ by this much of the gradient,
 # which is the standardised gradient and the mean, at most.
-_KERNELS = 2e-6
+_KERNELS = 1e-6
 _CPU_MEMORY = 128 * 2**20
 _DEFAULTS = GradientOptions()
 
@@ -79,7 +79,7 @@ def clipped_sum(
     transform = Transform.of(standardisation, device)
     found = survey(model, records, augmentation)
     batches = _physical_batches(len(records), found, options, device)
-    total = torch.zeros(layout.num_parameters, dtype=torch.float64, device=device)
+    total = torch.zeros(layout.num_parameters, device=device)
     norms = [torch.zeros(0, dtype=torch.float64, device=device)]
     with _exact(model, layout, transform) as active:
         largest = max((stop - start for start, stop in batches), default=0)

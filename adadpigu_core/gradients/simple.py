@@ -41,7 +41,7 @@ def clipped_sum(
         contribution, chunk_norms = _clip(gradients_of(piece), standardisation, clipping_norm)
         total += contribution
         norms.append(chunk_norms)
-    return ClippedSum(total, torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64))
+    return ClippedSum(total.float(), torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64))
 
 
 def record_gradients(

@@ -5,8 +5,9 @@ A block is a run of coordinates that is handled at once: a parameter, or some ro
     u = (g - a) V      and      ||u||^2 = sum_j V_j^2 (g_j - a_j)^2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _SMALLEST_SCALE = 1e-12
 _LARGEST_SCALE = 1e12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """Standardisation of a run of coordinates.
 
@@ -63,42 +64,46 @@ class Block:
         return float(low) if bool(low == high) else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transform:
     """Standardisation of all coordinates.
 
     Args:
         inverse_scale: V = m / b, float32 [d].
         mean: a, float32 [d], zero where the mask is False; None if it is zero everywhere.
-        retained: m, bool [d], on the CPU.
+        retained: Indices of the retained coordinates, int64 [k], on the CPU.
     """
 
     inverse_scale: Tensor
     mean: Tensor | None
     retained: Tensor
+    _blocks: dict[tuple[int, tuple[int, ...]], Block] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, standardisation: Standardisation, device: torch.device) -> "Transform":
-        """Prepare a standardisation.
+        """Prepare a standardisation. Local steps share one, so that it is prepared once.
 
         Raises:
             MessageError: A retained coordinate has a scale out of range, or a mean that is not finite.
         """
-        mask = standardisation.mask
-        inverse = mask / standardisation.scale
-        # out of range, or not a number: only where the mask is False it may be anything
-        inside = (inverse >= 1 / _LARGEST_SCALE) & (inverse <= 1 / _SMALLEST_SCALE)
-        if not torch.equal(inside & mask, mask):
+        known = _known.setdefault(standardisation, {})
+        if device not in known:
+            known[device] = cls._prepared(standardisation, device)
+        return known[device]
+
+    @classmethod
+    def _prepared(cls, standardisation: Standardisation, device: torch.device) -> "Transform":
+        retained = standardisation.retained
+        scale, mean = standardisation.scale[retained], standardisation.mean[retained]
+        if not bool(((scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)).all()):
             text = f"gradient-scale: must lie between {_SMALLEST_SCALE:g} and {_LARGEST_SCALE:g} where retained"
             raise MessageError(text, text)
-        inverse = torch.where(mask, inverse, 0.0)
-        mean = None
-        if standardisation.mean.any():
-            mean = torch.where(mask, standardisation.mean, 0.0)
-            if not bool(torch.isfinite((inverse * mean).double().square().sum())):
-                text = "gradient-mean: must be finite where retained"
-                raise MessageError(text, text)
-        return cls(inverse.to(device), None if mean is None else mean.to(device), mask)
+        if not bool(torch.isfinite((mean / scale).square().sum())):
+            text = "gradient-mean: must be finite where retained, also after division by the scale"
+            raise MessageError(text, text)
+        zeros = torch.zeros(standardisation.mask.shape)
+        inverse = zeros.index_copy(0, retained, 1 / scale).to(device)
+        return cls(inverse, zeros.index_copy(0, retained, mean).to(device) if mean.any() else None, retained)
 
     @cached_property
     def standardised_mean(self) -> Tensor | None:
@@ -107,11 +112,16 @@ class Transform:
 
     def block(self, start: int, shape: tuple[int, ...]) -> Block:
         """View a run of coordinates in the shape of a parameter."""
-        stop = start + torch.Size(shape).numel()
-        return Block(
-            self.inverse_scale[start:stop].view(shape), None if self.mean is None else self.mean[start:stop].view(shape)
-        )
+        if (start, shape) not in self._blocks:
+            stop = start + torch.Size(shape).numel()
+            mean = None if self.mean is None else self.mean[start:stop].view(shape)
+            self._blocks[start, shape] = Block(self.inverse_scale[start:stop].view(shape), mean)
+        return self._blocks[start, shape]
 
     def retains(self, start: int, size: int) -> bool:
         """Whether any coordinate of a run is retained."""
-        return bool(self.retained[start : start + size].any())
+        first, last = torch.searchsorted(self.retained, torch.tensor([start, start + size])).tolist()
+        return bool(first < last)
+
+
+_known: "WeakKeyDictionary[Standardisation, dict[torch.device, Transform]]" = WeakKeyDictionary()

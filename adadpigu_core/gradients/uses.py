@@ -94,7 +94,7 @@ class Use(ABC):
 
     def restored(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Bring [..., P] in the own order back to [..., *shape]."""
-        return values.reshape(*values.shape[:-1], *shape)
+        return values.reshape((*values.shape[:-1], *shape))
 
     def chunk(self, size: int) -> int:
         """How many gradients of P numbers to make at a time on a CPU: what stays inside the cache."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import MessageError
 from adadpigu_core.gradients import clipped_sum, cross_entropy, simple
 from adadpigu_core.parameters import ParameterLayout, flatten
 
@@ -58,7 +59,7 @@ def test_the_sum_is_that_of_the_oracle(
     largest = [float(gradient.abs().max()) for gradient in record_gradients(model, records)]
     rounding = torch.stack([(given_.mask * (size + given_.mean.abs()) / given_.scale).norm() for size in largest])
     assert bool(((result.norms - norms).abs() <= 5e-6 * rounding).all())
-    assert close(result.total, sum(expected), float((rounding * (clipping_norm / norms).clamp(max=1)).sum()), 5e-6)
+    assert close(result.total, sum(expected), float((rounding * (clipping_norm / norms).clamp(max=1)).sum()), 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +99,7 @@ def test_numbers_by_hand():
         return (outputs.squeeze(1) - labels).square()
 
     result = clipped_sum(model, squared_error, records, standardisation, 1.0)
-    assert result.norms.tolist() == [5]
+    assert result.norms.tolist() == pytest.approx([5], rel=1e-6)
     assert result.total.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
     frozen = Standardisation(torch.tensor([True, False]), standardisation.mean, standardisation.scale)
     assert clipped_sum(model, squared_error, records, frozen, 10.0).total.tolist() == [3, 0]
@@ -114,7 +115,7 @@ def test_without_clipping_it_is_the_ordinary_gradient(make_model, make_records, 
     total = clipped_sum(model, cross_entropy, records, Standardisation.identity(d), math.inf).total
     loss = F.cross_entropy(model(records.features), records.labels, reduction="sum")
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
-    assert torch.allclose(total, gradient.double(), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(total, gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,7 +124,7 @@ def test_no_records_give_zero(make_model, make_records, kind, clipping_norm):
     model = make_model(kind)
     d = ParameterLayout.of(model).num_parameters
     result = clipped_sum(model, cross_entropy, make_records(kind, 0), Standardisation.identity(d), clipping_norm)
-    assert torch.equal(result.total, torch.zeros(d, dtype=torch.float64))
+    assert torch.equal(result.total, torch.zeros(d))
     assert result.norms.shape == (0,)
     assert result.norms.dtype == torch.float64
 
@@ -135,7 +136,7 @@ def test_a_record_without_gradient_contributes_zero(make_model, make_records):
         result = clipped_sum(
             model, lambda outputs, _: 0 * outputs.sum(1), make_records("linear", 3), standardisation, clipping_norm
         )
-        assert torch.equal(result.total, torch.zeros(21, dtype=torch.float64))
+        assert torch.equal(result.total, torch.zeros(21))
         assert result.norms.tolist() == [0] * 3
 
 
@@ -159,7 +160,7 @@ def test_the_sum_is_exactly_zero_on_frozen_coordinates(
     model = make_model(kind)
     standardisation = make_standardisation(model, seed, retained=retained, spread=2.0)
     total = clipped_sum(model, cross_entropy, make_records(kind, 3, seed), standardisation, 1.0).total
-    assert total.dtype == torch.float64
+    assert total.dtype == torch.float32
     assert not total[~standardisation.mask].any()
 
 
@@ -220,19 +221,32 @@ def test_a_model_with_broken_weights_gives_zero(make_model, make_records):
         next(model.parameters()).fill_(math.nan)
     d = ParameterLayout.of(model).num_parameters
     result = clipped_sum(model, cross_entropy, make_records("mlp", 5), Standardisation.identity(d), 1.0)
-    assert torch.equal(result.total, torch.zeros(d, dtype=torch.float64))
+    assert torch.equal(result.total, torch.zeros(d))
 
 
-@pytest.mark.parametrize("scale", [0.0, math.nan, math.inf, -1.0, 1e-45, 1e38])
-@pytest.mark.parametrize("mean", [0.0, math.nan, math.inf, 1e38])
-def test_statistics_of_a_malicious_server_cannot_break_the_bound(make_model, make_records, scale, mean):
+@pytest.mark.parametrize(
+    ("mean", "scale"),
+    [(0.0, scale) for scale in (0.0, math.nan, math.inf, -1.0, 1e-45, 1e-13, 1e13, 1e38)]
+    + [(mean, 1.0) for mean in (math.nan, math.inf, 1e38)]
+    + [(1e30, 1e-10)],
+)
+def test_statistics_of_a_malicious_server_are_refused(make_model, make_records, mean, scale):
     model = make_model("linear")
-    records = make_records("linear", 4)
-    standardisation = Standardisation(torch.ones(21, dtype=torch.bool), torch.full((21,), mean), torch.ones(21))
+    standardisation = Standardisation(torch.ones(21, dtype=torch.bool), torch.zeros(21), torch.ones(21))
     standardisation.scale[::2] = scale
-    for record in range(4):
-        total = clipped_sum(model, cross_entropy, records.select([record]), standardisation, 1.0).total
-        assert float(total.norm()) <= 1.0  # which NaN would fail
+    standardisation.mean[::2] = mean
+    with pytest.raises(MessageError, match="gradient-mean" if mean else "gradient-scale"):
+        clipped_sum(model, cross_entropy, make_records("linear", 4), standardisation, 1.0)
+
+
+@pytest.mark.parametrize("anything", [0.0, math.nan, math.inf, 1e-45])
+def test_statistics_of_frozen_coordinates_may_be_anything(make_model, make_records, anything):
+    model, records = make_model("linear"), make_records("linear", 4)
+    mask = torch.arange(21) % 2 == 0
+    fine = Standardisation(mask, torch.zeros(21), torch.ones(21))
+    broken = Standardisation(mask, torch.where(mask, 0.0, anything), torch.where(mask, 1.0, anything))
+    totals = [clipped_sum(model, cross_entropy, records, given, 1.0).total for given in (fine, broken)]
+    assert torch.equal(*totals)
 
 
 # ---- sensitivity
@@ -246,7 +260,7 @@ sizes = st.sampled_from([0.0, 1e-20, 1e-3, 1.0, 1e3, 1e10, 1e19, 1e30])
     st.integers(0, 10**6),
     sizes,
     st.floats(0, 1),
-    st.sampled_from([0.0, 1.0, 3.0, 30.0]),
+    st.sampled_from([0.0, 1.0, 3.0, 11.0]),
     st.sampled_from([1e-6, 0.1, 1.0, 1e6]),
 )
 def test_one_record_contributes_at_most_the_clipping_norm(
@@ -340,7 +354,7 @@ def test_a_shared_parameter_gets_the_gradient_of_all_its_uses():
     total = clipped_sum(model, cross_entropy, records, Standardisation.identity(layout.num_parameters), math.inf).total
     loss = F.cross_entropy(model(records.features), records.labels, reduction="sum")
     gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
-    assert torch.allclose(total, gradient.double(), atol=1e-5)
+    assert torch.allclose(total, gradient, atol=1e-5)
 
 
 def test_it_works_where_gradients_are_switched_off(make_model, make_records):

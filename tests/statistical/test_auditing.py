@@ -62,13 +62,15 @@ def with_canary(ordinary):
 
 
 def total_of(model, records):
-    return clipped_sum(model, cross_entropy, records, STATISTICS.standardisation(MASK), CLIPPING_NORM).total
+    return clipped_sum(model, cross_entropy, records, STATISTICS.standardisation(MASK), CLIPPING_NORM).total.double()
 
 
 def noisy_totals(total, noise_multiplier, randomness, draws=DRAWS):
     """Many releases at once: the noise is independent across coordinates, so that many vectors are one long one."""
     long = total.repeat(draws)
-    noisy = add_gaussian_noise(long, noise_multiplier * CLIPPING_NORM, MASK.repeat(draws), randomness)
+    noisy = torch.zeros(len(long), dtype=torch.float64)
+    retained = MASK.repeat(draws)
+    noisy[retained] = add_gaussian_noise(long[retained], noise_multiplier * CLIPPING_NORM, randomness)
     return noisy.view(draws, D)
 
 

@@ -89,7 +89,7 @@ def test_no_records_give_zero(built, records_of, reference_of, standardisation_o
     model, records = built(MODELS[name][0]), records_for(name, records_of, 0)
     given = standardisation_of(reference_of(model, records), "full", "far", "unit")
     result = clipped_sum(model, cross_entropy, records, given, clipping_norm)
-    assert torch.equal(result.total, torch.zeros(len(given.mask), dtype=torch.float64))
+    assert torch.equal(result.total, torch.zeros(len(given.mask)))
     assert result.norms.shape == (0,)
     assert result.norms.dtype == torch.float64
 
