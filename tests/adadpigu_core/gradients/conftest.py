@@ -3,18 +3,24 @@
 The oracle differentiates a float64 copy of the model for one view of one record at a time, by ordinary autograd: no
 vmap, no hooks, and no formula of the engine's.
 
-Tolerance: a norm may be wrong by 1e-5 of itself and by what float32 costs anybody. The second part is measured, not
-chosen: `Reference.rounding` is how far ordinary float32 autograd is from the oracle for that record, the largest error
-within a parameter for each of its coordinates, since a single coordinate can be right by luck. It is standardised like
-the gradient, with the rounding of the mean, and a few times its norm is allowed. Without cancellation it is a tenth
-of the first part. It matters where a coordinate that is tiny by cancellation has a scale of 1e-6, or where the mean
-takes nearly all of a gradient away: there nobody can do better in float32. A tolerance relative to the largest gradient
-would be simpler, and would let gross errors in layers with small gradients pass.
+Tolerance: a norm may be wrong by 1e-5 of the size of what it is computed from, and by what float32 costs anybody.
+
+* Size is the norm of m (|g| + |a|) / b. Without a mean it is the norm of u itself. Where the mean takes nearly all of a
+  gradient away, it is larger: (g - a)^2 may be computed as g^2 - 2 g a + a^2, which has an error relative to g^2 + a^2.
+  Nothing is lost by it: such a record is small beside others, and the bound on what it contributes is held elsewhere,
+  without any tolerance.
+* What float32 costs is measured, not chosen: `Reference.rounding` is how far ordinary float32 autograd is from the
+  oracle for that record, the largest error within a parameter for each of its coordinates, since a single coordinate
+  can be right by luck. It is standardised like the gradient, with the rounding of the mean, and a few times its norm
+  is allowed. Mostly it is a tenth of the first part. It matters where a coordinate that is tiny by cancellation has a
+  scale of 1e-6: nobody can do better in float32. A tolerance relative to the largest gradient would be simpler, and
+  would let gross errors in layers with small gradients pass.
 """
 
 import copy
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +32,15 @@ from torch import Tensor, nn
 
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients import ClippedSum, clipped_sum
 
 CLASSES = 3
 LAST_BIT = 2.0**-23
 RELATIVE = 1e-5
 FLOAT32_ERRORS = 6  # how many times worse than float32 autograd, beyond the relative part
+
+REMEDY = re.compile(r"\b(replace|use|set|pass|give|return|call|write|make|move|wrap|rewrite|freeze|leave|must)\b", re.I)
 
 MASKS = ("empty", "one", "tenth", "most", "without a layer", "only a layer", "full")
 MEANS = ("zero", "random", "near", "far")
@@ -145,12 +154,17 @@ def _reference(
     return Reference(double, torch.cat(errors, 1), sizes)
 
 
+def _norms(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=1)
+
+
 def _expected(reference: Reference, given: Standardisation, clipping_norm: float) -> Expected:
     mask, mean, scale = given.mask, given.mean.double(), given.scale.double()
     u = torch.where(mask, (reference.gradients - mean) / scale, 0.0)
-    norms = torch.linalg.vector_norm(u, dim=1)
-    error = torch.where(mask, (reference.rounding + LAST_BIT * mean.abs()) / scale, 0.0)
-    tolerances = RELATIVE * norms + FLOAT32_ERRORS * torch.linalg.vector_norm(error, dim=1)
+    norms = _norms(u)
+    sizes = torch.where(mask, (reference.gradients.abs() + mean.abs()) / scale, 0.0)
+    errors = torch.where(mask, (reference.rounding + LAST_BIT * mean.abs()) / scale, 0.0)
+    tolerances = RELATIVE * _norms(sizes) + FLOAT32_ERRORS * _norms(errors)
     factors = torch.where(norms > clipping_norm, clipping_norm / norms, 1.0)
     contributions = torch.where(torch.isfinite(norms).unsqueeze(1), factors.unsqueeze(1) * u, 0.0)
     return Expected(norms, contributions, tolerances, factors)
@@ -241,6 +255,36 @@ def _agree(
             alone = records.select([number % len(records)])
             total = clipped_sum(model, loss, alone, given, bound, **arguments).total
             assert _exact_norm(total) <= bound, f"{mask, mean, scale, norm}: a record contributes more than C"
+
+
+def _agree_or_refuse(model: nn.Module, records: Records, *names: str, **arguments: Any) -> None:
+    """For what need not be supported, but must never be silently wrong.
+
+    Args:
+        model: In a refusal, one of ``names`` must be named, and a remedy.
+        records: Compared with the oracle if nothing is refused.
+        names: Of modules, parameters or kinds.
+        arguments: For `_agree`.
+    """
+    try:
+        _agree(model, records, **arguments)
+    except ModelError as error:
+        refusal = str(error)
+    else:
+        return
+    assert any(name in refusal for name in names), refusal
+    assert REMEDY.search(refusal), refusal
+
+
+@pytest.fixture(scope="session")
+def agree_or_refuse() -> Callable[..., None]:
+    return _agree_or_refuse
+
+
+@pytest.fixture(scope="session")
+def remedy() -> re.Pattern[str]:
+    """What a message that says what to do must have in it."""
+    return REMEDY
 
 
 @pytest.fixture(scope="session")

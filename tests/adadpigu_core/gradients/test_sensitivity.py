@@ -132,7 +132,7 @@ def test_other_layers_of_constants(holds, name, factor):
 @pytest.mark.parametrize("factor", [0.0, 1.01])
 def test_one_word_a_thousand_times(holds, factor):
     model = nn.Sequential(Tokens(), nn.Embedding(5, 16), Sum(0.1))
-    holds(model, torch.full((1, 3000), 2.0), factor=factor, least=0.999)
+    holds(model, torch.full((1, 3000), 2.0), factor=factor, least=0.98 if factor else 0.999)
 
 
 class Attention(nn.Module):

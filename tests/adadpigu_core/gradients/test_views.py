@@ -141,7 +141,7 @@ def test_views_are_random_and_fresh(built, records_of, reference_of, standardisa
         norms = clipped_sum(model, cross_entropy, records, given, math.inf, augmentation=noisy).norms
         assert len(set(norms.tolist())) == 8
         views = torch.cat(seen)
-        assert len(views.flatten(0, 1).unique(dim=0)) == 32
+        assert len(views.flatten(0, 1).unique(dim=0)) >= 32
         torch.manual_seed(0)
         again = clipped_sum(model, cross_entropy, records, given, math.inf, augmentation=noisy).norms
     assert torch.equal(norms, again)
