@@ -17,10 +17,9 @@ The clipped sum has sensitivity C whatever a and b are, so a bad statistic can c
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,11 +82,6 @@ class Standardisation:
     mask: Tensor
     mean: Tensor
     scale: Tensor
-
-    @cached_property
-    def retained(self) -> Tensor:
-        """Indices of the retained coordinates, int64 [k]."""
-        return torch.from_numpy(np.flatnonzero(self.mask.numpy()))
 
     @classmethod
     def identity(cls, num_parameters: int) -> "Standardisation":

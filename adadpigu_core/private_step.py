@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ from adadpigu_core.noise import add_gaussian_noise
 from adadpigu_core.sampling import Randomness, poisson_sample, seeded
 
 Charge = Callable[[Event], None]
+
+_CHUNK = 65_536  # coordinates
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,11 @@ def private_step(
 
 
 def _release(total: Tensor, given: Standardisation, mechanism: Mechanism, randomness: Randomness) -> Release:
-    """Add the noise and map back; only retained coordinates are looked at, since the others may hold anything."""
-    retained = given.retained
-    scale = given.scale[retained]
-    noisy = add_gaussian_noise(total[retained], mechanism.sum_noise_stddev, randomness)
-    noisy.mul_(scale).div_(mechanism.expected_batch_size).add_(given.mean[retained])
-    gradient = torch.zeros(total.shape, dtype=torch.float32).index_copy_(0, retained, noisy.float())
-    return Release(gradient, given, mechanism.noise_stddev)
+    """Add the noise and map back, in place and inside the cache; frozen coordinates may have any mean and scale."""
+    for start in range(0, len(total), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        retained = torch.from_numpy(np.flatnonzero(given.mask[part].numpy()))
+        noisy = add_gaussian_noise(total[part][retained], mechanism.sum_noise_stddev, randomness)
+        noisy.mul_(given.scale[part][retained]).div_(mechanism.expected_batch_size).add_(given.mean[part][retained])
+        total[part].index_copy_(0, retained, noisy.float())
+    return Release(total, given, mechanism.noise_stddev)

@@ -58,14 +58,14 @@ class Finished:
         start: Its first coordinate.
         block: Its standardisation.
         squared_norms: Of all records.
-        standardised: Kept u_i = (g_i - a) V, [n, P] in the order of the use; None if there was no room.
-        use: What to make the sum from, and what knows the order of ``standardised``.
+        kept: g_i - a, [n, P] in the order of the use; None if there was no room.
+        use: What to make the sum from, and what knows the order of ``kept``.
     """
 
     start: int
     block: Block
     squared_norms: SquaredNorms
-    standardised: Tensor | None
+    kept: Tensor | None
     use: Use
 
     @property
@@ -73,15 +73,16 @@ class Finished:
         """Behind its last coordinate."""
         return self.start + self.block.inverse_scale.numel()
 
-    def clipped_sum(self, factors: Factors) -> Tensor:
-        """Sum of c_i u_i, float32 [P]."""
-        if self.standardised is not None:
-            total = factors.values @ factors.clean(self.standardised)
-            return self.use.restored(total, tuple(self.block.inverse_scale.shape)).flatten()
-        total = self.use.weighted_sum(factors)
+    def add(self, factors: Factors, total: Tensor) -> None:
+        """Add the sum of c_i (g_i - a) to the coordinates of the block in ``total``, float32 [d]."""
+        shape = tuple(self.block.inverse_scale.shape)
+        target = total[self.start : self.stop].view(shape)
+        if self.kept is not None:
+            target += self.use.restored(factors.values @ factors.clean(self.kept), shape)
+            return
+        self.use.add_weighted_sum(factors, target)
         if self.block.mean is not None:
-            total = total - factors.values.sum() * self.block.mean
-        return (total * self.block.inverse_scale).flatten()
+            target -= factors.values.sum() * self.block.mean
 
 
 def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) -> Finished:
@@ -111,7 +112,7 @@ def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) 
 
 
 def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
-    """Squared norms through gradients, float64 [n]; standardised ones are written to ``kept``, [n, P]."""
+    """Squared norms through gradients, float64 [n]; g_i - a is written to ``kept``, [n, P]."""
     inverse_scale = use.arranged(block.inverse_scale)
     mean = None if block.mean is None else use.arranged(block.mean)
     device = inverse_scale.device
@@ -122,8 +123,9 @@ def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
         gradients = use.gradients(first, last)
         if mean is not None:
             gradients = gradients - mean
-        standardised = torch.mul(gradients, inverse_scale, out=None if kept is None else kept[first:last])
-        values[first:last] = standardised.square().sum(1)
+        if kept is not None:
+            kept[first:last] = gradients
+        values[first:last] = (gradients * inverse_scale).square_().sum(1)
     return values
 
 

@@ -90,7 +90,14 @@ def clipped_sum(
                 values[start:stop].to(device, non_blocking=True) for values in (records.features, records.labels)
             )
             norms.append(_Pass(task).run(features, labels, total))
+    total *= transform.inverse_scale
+    if not _finite(total):  # where the mask is False, sums of huge gradients may have left the range of float32
+        total.masked_fill_(transform.inverse_scale == 0, 0.0)
     return ClippedSum(total.cpu(), torch.cat(norms).cpu())
+
+
+def _finite(values: Tensor) -> bool:
+    return values.device.type == "cpu" and all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values))
 
 
 def _physical_batches(
@@ -167,7 +174,7 @@ class _Pass:
         self._done: list[Finished] = []
 
     def run(self, features: Tensor, labels: Tensor, total: Tensor) -> Tensor:
-        """Add the clipped sum of some records to ``total`` and return their norms, float64 [n]."""
+        """Add the sum of c_i (g_i - a) over some records to ``total`` and return their norms, float64 [n]."""
         task = self._task
         views = features.unsqueeze(1) if task.augmentation is None else task.augmentation(features)
         recorder = Recorder(task.active, len(labels), views.shape[1], self._finish)
@@ -236,10 +243,9 @@ class _Pass:
 
     def _add(self, factors: Factors, total: Tensor) -> None:
         for finished in self._done:
-            total[finished.start : finished.stop] += finished.clipped_sum(factors)
-        if self._task.transform.standardised_mean is not None:
-            rest = self._task.transform.standardised_mean * self._untouched()
-            total -= factors.values.sum() * rest
+            finished.add(factors, total)
+        if self._task.transform.mean is not None:
+            total -= factors.values.sum() * self._task.transform.mean * self._untouched()
 
     def _untouched(self) -> Tensor:
         """Coordinates without gradient, whose standardised value is -a / b for every record; bool [d]."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,17 +34,6 @@ class Block:
     mean: Tensor | None
 
     @cached_property
-    def weights(self) -> Tensor:
-        """V^2."""
-        return self.inverse_scale.square()
-
-    @cached_property
-    def weighted_mean(self) -> Tensor:
-        """V^2 a; only where there is a mean."""
-        assert self.mean is not None  # noqa: S101  # callers ask for it only then
-        return self.weights * self.mean
-
-    @cached_property
     def offset(self) -> Tensor:
         """Sum of V^2 a^2, a float64 number: the squared norm of a record without gradient."""
         if self.mean is None:
@@ -53,15 +43,15 @@ class Block:
     @cached_property
     def underflow(self) -> Tensor:
         """What a sum of V^2 y over 0 <= y <= 1 can lose to numbers too small for float32, a float64 number."""
-        return self.weights.amax().double() * (self.weights.numel() * 2.0**-124)
+        return self.inverse_scale.amax().double().square() * (self.inverse_scale.numel() * 2.0**-124)
 
     @cached_property
     def common_weight(self) -> float | None:
         """The one value of V^2, if there is only one and no mean; None otherwise, and on an accelerator."""
         if self.mean is not None or self.inverse_scale.device.type != "cpu":
             return None
-        low, high = torch.aminmax(self.weights)
-        return float(low) if bool(low == high) else None
+        low, high = torch.aminmax(self.inverse_scale)
+        return float(low) ** 2 if bool(low == high) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +61,12 @@ class Transform:
     Args:
         inverse_scale: V = m / b, float32 [d].
         mean: a, float32 [d], zero where the mask is False; None if it is zero everywhere.
-        retained: Indices of the retained coordinates, int64 [k], on the CPU.
+        mask: m, bool [d], on the CPU.
     """
 
     inverse_scale: Tensor
     mean: Tensor | None
-    retained: Tensor
+    mask: Tensor
     _blocks: dict[tuple[int, tuple[int, ...]], Block] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -93,7 +83,7 @@ class Transform:
 
     @classmethod
     def _prepared(cls, standardisation: Standardisation, device: torch.device) -> "Transform":
-        retained = standardisation.retained
+        retained = torch.from_numpy(np.flatnonzero(standardisation.mask.numpy()))
         scale, mean = standardisation.scale[retained], standardisation.mean[retained]
         if not bool(((scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)).all()):
             text = f"gradient-scale: must lie between {_SMALLEST_SCALE:g} and {_LARGEST_SCALE:g} where retained"
@@ -101,9 +91,9 @@ class Transform:
         if not bool(torch.isfinite((mean / scale).square().sum())):
             text = "gradient-mean: must be finite where retained, also after division by the scale"
             raise MessageError(text, text)
-        zeros = torch.zeros(standardisation.mask.shape)
-        inverse = zeros.index_copy(0, retained, 1 / scale).to(device)
-        return cls(inverse, zeros.index_copy(0, retained, mean).to(device) if mean.any() else None, retained)
+        inverse = torch.zeros(standardisation.mask.shape).index_copy_(0, retained, 1 / scale)
+        centre = torch.zeros(standardisation.mask.shape).index_copy_(0, retained, mean) if mean.any() else None
+        return cls(inverse.to(device), None if centre is None else centre.to(device), standardisation.mask)
 
     @cached_property
     def standardised_mean(self) -> Tensor | None:
@@ -120,8 +110,7 @@ class Transform:
 
     def retains(self, start: int, size: int) -> bool:
         """Whether any coordinate of a run is retained."""
-        first, last = torch.searchsorted(self.retained, torch.tensor([start, start + size])).tolist()
-        return bool(first < last)
+        return bool(self.mask[start : start + size].any())
 
 
 _known: "WeakKeyDictionary[Standardisation, dict[torch.device, Transform]]" = WeakKeyDictionary()

@@ -77,8 +77,8 @@ class Use(ABC):
         """Gradients of some records, float32 [stop - start, P], in the use's own order."""
 
     @abstractmethod
-    def weighted_sum(self, factors: Factors) -> Tensor:
-        """Sum of c_i g_i, float32 [*shape]."""
+    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Add the sum of c_i g_i to ``total``, float32 [*shape]."""
 
     def squared_norms(self, block: Block) -> SquaredNorms | None:
         """A cheaper way to the norms than through ``gradients``, if there is one."""
@@ -123,10 +123,9 @@ class Dense(Use):
         """Let go of the gradients as they were."""
         self.values = self.values.new_empty(0)
 
-    def weighted_sum(self, factors: Factors) -> Tensor:
-        """Sum of c_i g_i."""
-        rows = factors.clean(self.values).reshape(self.num_records, -1)
-        return (factors.values @ rows).view(self.values.shape[1:])
+    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Add the sum of c_i g_i."""
+        total += (factors.values @ factors.clean(self.values).flatten(1)).view_as(total)
 
 
 class Product(Use):
@@ -164,14 +163,14 @@ class Product(Use):
         """Gradients of some records."""
         return torch.bmm(self.errors[start:stop].transpose(1, 2), self.inputs[start:stop]).flatten(1)
 
-    def weighted_sum(self, factors: Factors) -> Tensor:
-        """Sum of c_i g_i as one product."""
+    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Add the sum of c_i g_i as one product."""
         inputs, errors = self.inputs, self.errors
         if inputs.shape[2] < errors.shape[2]:
             inputs, errors = factors.apply(inputs), factors.clean(errors)
         else:
             inputs, errors = factors.clean(inputs), factors.apply(errors)
-        return errors.flatten(0, 1).t() @ inputs.flatten(0, 1)
+        total.view(errors.shape[2], -1).addmm_(errors.flatten(0, 1).t(), inputs.flatten(0, 1))
 
     def squared_norms(self, block: Block) -> SquaredNorms | None:
         """The short cut for one position; for more, a gradient costs no more than the product it replaces."""
@@ -181,12 +180,12 @@ class Product(Use):
         size = (e_size * x_size).square()
         if block.common_weight is not None:
             return SquaredNorms(size * block.common_weight * _squares(e) * _squares(x))
-        rounding = (min(block.weights.shape) + 8) * UNIT
-        first = size * _bilinear(e.square(), block.weights, x.square())
+        rounding = (min(e.shape[1], x.shape[1]) + 8) * UNIT
+        first = size * _bilinear(e.square(), x.square(), block.inverse_scale, None)
         if block.mean is None:
             return SquaredNorms(first, rounding * first + size * block.underflow)
         absolute = first + block.offset
-        values = absolute - 2 * size.sqrt() * _bilinear(e, block.weighted_mean, x)
+        values = absolute - 2 * size.sqrt() * _bilinear(e, x, block.inverse_scale, block.mean)
         doubt = 2 * rounding * absolute + size * block.underflow
         self._correct(values, doubt, ~(absolute <= _MOST_CANCELLATION * values), block)
         return SquaredNorms(values, doubt)
@@ -211,8 +210,22 @@ def _squares(values: Tensor) -> Tensor:
     return values.square().sum(1).double()
 
 
-def _bilinear(e: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
-    """e_i^T M x_i for every record, float64 [n]; the longer sum is left to float64."""
-    if matrix.shape[0] <= matrix.shape[1]:
-        return ((e @ matrix).mul_(x)).sum(1, dtype=torch.float64)
-    return ((x @ matrix.t()).mul_(e)).sum(1, dtype=torch.float64)
+def _bilinear(e: Tensor, x: Tensor, inverse_scale: Tensor, mean: Tensor | None) -> Tensor:
+    """e_i^T M x_i for every record, float64 [n], with M = V^2 or V^2 a; the longer sum is left to float64.
+
+    M is made some rows at a time, inside the cache, and never exists as a whole.
+    """
+    out, width = inverse_scale.shape
+    step = max(1, _CACHED_FLOATS // width) if e.device.type == "cpu" else out
+    short = torch.zeros(len(e), width, device=e.device) if out <= width else None
+    values = torch.zeros(len(e), dtype=torch.float64, device=e.device)
+    for start in range(0, out, step):
+        rows = slice(start, start + step)
+        matrix = inverse_scale[rows].square()
+        if mean is not None:
+            matrix *= mean[rows]
+        if short is not None:
+            short.addmm_(e[:, rows], matrix)
+        else:
+            values += (x @ matrix.t()).mul_(e[:, rows]).sum(1, dtype=torch.float64)
+    return values if short is None else short.mul_(x).sum(1, dtype=torch.float64)

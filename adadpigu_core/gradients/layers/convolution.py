@@ -112,8 +112,8 @@ class Filters(Use):
         grouped = part.reshape(stop - start, self._views, *part.shape[1:]).transpose(0, 1)
         return grouped.reshape(self._views, -1, *part.shape[2:])
 
-    def weighted_sum(self, factors: Factors) -> Tensor:
-        """Sum of c_i g_i as one weight gradient."""
+    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Add the sum of c_i g_i as one weight gradient."""
         if self._views > 1:
             broken = factors.broken
             factors = Factors(
@@ -122,7 +122,7 @@ class Filters(Use):
             )
         weight = self.errors.new_zeros(()).expand(self._shape)
         inputs, errors = factors.clean(self.inputs), factors.apply(self.errors)
-        return self.geometry.backward(errors, inputs, weight, self.geometry.groups, of_input=False)
+        total += self.geometry.backward(errors, inputs, weight, self.geometry.groups, of_input=False)
 
 
 class Patches(Filters):
@@ -201,19 +201,11 @@ class Convolution(Layer):
             kind = Patches if large and self.geometry.plain else Filters
             return kind(x, e, recorder.num_records, weight, self.geometry)
         inputs, errors = (recorder.by_record(values.flatten(2).transpose(1, 2)) for values in (x, e))
-        return Pointwise(inputs, errors, tuple(weight.shape))
+        return Pointwise(inputs, errors)
 
 
 class Pointwise(Product):
     """A matrix with the shape of a filter of size 1."""
-
-    def __init__(self, inputs: Tensor, errors: Tensor, shape: tuple[int, ...]) -> None:
-        super().__init__(inputs, errors)
-        self._shape = shape
-
-    def weighted_sum(self, factors: Factors) -> Tensor:
-        """Sum of c_i g_i."""
-        return super().weighted_sum(factors).view(self._shape)
 
     def squared_norms(self, block: Block) -> None:
         """Nothing shorter than the gradients."""

@@ -42,14 +42,12 @@ class Lookup(Use):
         flat.index_add_(0, (tokens + first).flatten(), errors.flatten(0, 1))
         return flat.view(len(tokens), -1)
 
-    def weighted_sum(self, factors: Factors) -> Tensor:
-        """Sum of c_i g_i, from the very rows that were measured."""
-        total = torch.zeros(self.num_rows, self.errors.shape[2], device=self.errors.device)
+    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Add the sum of c_i g_i, from the very rows that were measured."""
         for records in self._chunks():
             rows, _ = self._rows(records)
             part = Factors(factors.values[records], None if factors.broken is None else factors.broken[records])
             total.index_add_(0, self.tokens[records].flatten(), part.apply(rows).flatten(0, 1))
-        return total
 
     def squared_norms(self, block: Block) -> SquaredNorms:
         """Touch only the rows that occur: the others give the offset."""
