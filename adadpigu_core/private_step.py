@@ -22,9 +22,9 @@ from adadpigu_core.accounting import Event
 from adadpigu_core.adaptive_clipping import Standardisation, Statistics
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.gradients import Loss, clipped_sum
+from adadpigu_core.gradients import DEFAULTS, GradientOptions, Loss, clipped_sum
 from adadpigu_core.noise import add_gaussian_noise
-from adadpigu_core.sampling import Randomness, poisson_sample
+from adadpigu_core.sampling import Randomness, poisson_sample, seeded
 
 Charge = Callable[[Event], None]
 
@@ -105,6 +105,7 @@ def private_step(
     statistics: Statistics,
     randomness: Randomness,
     charge: Charge,
+    options: GradientOptions = DEFAULTS,
 ) -> tuple[Release, Statistics, Event]:
     """Draw, clip, charge, noise and release once.
 
@@ -122,16 +123,15 @@ def private_step(
         statistics: Gradient mean and scale.
         randomness: Source of the sample and the noise.
         charge: Called with the event before any noise is drawn; raises to refuse.
+        options: How gradients are computed.
 
     Returns:
         The release, the statistics that have learnt from it, and the event.
     """
     standardisation = statistics.standardisation(mask)
     drawn = records.select(torch.from_numpy(poisson_sample(len(records), mechanism.sampling_probability, randomness)))
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reach the generators of every device, which are not restored
-        torch.default_generator.manual_seed(randomness.torch_seed())
-        total = clipped_sum(model, loss, drawn, standardisation, mechanism.clipping_norm).total
+    with seeded(randomness.torch_seed(), next(model.parameters()).device):
+        total = clipped_sum(model, loss, drawn, standardisation, mechanism.clipping_norm, options=options).total
     charge(mechanism.event)
     release = _release(total, standardisation, mechanism, randomness)
     if statistics.learn:

@@ -11,9 +11,12 @@ keys from the operating system and is what a deployed client uses: nobody can pr
 import hashlib
 import operator
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
@@ -95,6 +98,20 @@ class SeededRandomness:
     def torch_seed(self) -> int:
         """Draw a 63-bit seed."""
         return int(self._generator.integers(2**63))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed what torch itself randomises on the CPU and on one device, and restore both generators afterwards.
+
+    ``torch.manual_seed`` would reach the generators of every device.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _uniform(bits: NDArray[np.uint64]) -> Vector:

@@ -42,7 +42,6 @@ class GradientOptions:
     Args:
         memory_limit: Bytes that one physical batch may take; None = chosen for the device.
         precision: ``float32``, or ``bfloat16`` for the layers' own products. Norms and sums are always float32.
-        accelerated: Whether fused kernels are used where they are installed.
 
     Raises:
         ConfigurationError: A value is unknown or out of range.
@@ -50,13 +49,15 @@ class GradientOptions:
 
     memory_limit: int | None = None
     precision: str = "float32"
-    accelerated: bool = True
 
     def __post_init__(self) -> None:
         if self.memory_limit is not None and self.memory_limit < 1:
             raise ConfigurationError(f"memory_limit: must be at least 1 byte, got {self.memory_limit}")
         if self.precision not in PRECISIONS:
             raise ConfigurationError(f"precision: unknown value {self.precision!r}; use one of {PRECISIONS}")
+
+
+DEFAULTS = GradientOptions()
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:

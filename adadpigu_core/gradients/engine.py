@@ -24,6 +24,7 @@ from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients import layers as _rules  # noqa: F401  # registers them
 from adadpigu_core.gradients.blocks import Finished, Workspace, finish
 from adadpigu_core.gradients.clipping import (
+    DEFAULTS,
     Augmentation,
     ClippedSum,
     GradientOptions,
@@ -42,7 +43,6 @@ from adadpigu_core.parameters import ParameterLayout
 # which is the standardised gradient and the mean, at most.
 _KERNELS = 1e-6
 _CPU_MEMORY = 128 * 2**20
-_DEFAULTS = GradientOptions()
 
 
 def clipped_sum(
@@ -52,7 +52,7 @@ def clipped_sum(
     standardisation: Standardisation,
     clipping_norm: float,
     *,
-    options: GradientOptions = _DEFAULTS,
+    options: GradientOptions = DEFAULTS,
     augmentation: Augmentation | None = None,
 ) -> ClippedSum:
     """Sum min(1, C / ||u_i||) u_i over records, with u_i = m (g_i - a) / b.

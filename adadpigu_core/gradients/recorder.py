@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ class Layer(ABC):
         """The parameters."""
 
 
-Rule = Callable[..., Tensor]
+Rule = Callable[..., Any]
+AnyRule = TypeVar("AnyRule", bound=Rule)
 RULES: dict[Callable[..., Any], Rule] = {}
 DECOMPOSITIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 """What stands in for functions that torch.func cannot run for many records at once."""
@@ -99,14 +100,14 @@ _HARMLESS = {
 }
 
 
-def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+def register_rule(*functions: Callable[..., Any]) -> Callable[[AnyRule], AnyRule]:
     """Register how calls of torch functions with parameters are recorded.
 
     The rule is called with the recorder and then as the function was. It returns the output, made by
     `Recorder.apply`, or raises `UnsupportedUseError`.
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: AnyRule) -> AnyRule:
         RULES.update(dict.fromkeys(functions, rule))
         return rule
 
@@ -249,7 +250,7 @@ class Recorder(TorchFunctionMode):
                 run = argument.tracked.run
                 self._expected[run] += 1
                 self._owners[run] = argument.tracked
-        output = cast(Tensor, _Record.apply(self._anchor, x, layer, self))  # type: ignore[no-untyped-call]
+        output = cast(Tensor, _Record.apply(self._anchor, x, layer, self))
         self.activations += output.numel() + (0 if x is None else x.numel())
         return output
 

@@ -1,8 +1,9 @@
 """The commands ``adadpigu benchmark``. Torch is imported by what runs, so that help and mistakes answer at once."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,13 +16,13 @@ app = typer.Typer(no_args_is_help=True, help="Measure time and memory.")
 _DEFAULTS = Plan()
 _STEP = """Time a training step of every method, interleaved, and measure its peak memory.
 
-Ratios are to a plain SGD step of the same network in the same run in its fastest layout; those of memory to a plain
-step in the default layout. Figures compare only within a run, on a machine that does little else.
+Ratios are to a plain SGD step of the same network in the same run, in its fastest layout; those of memory to one in the
+default layout. Figures compare only within a run, on a machine that does little else.
 
 [bold]Examples[/bold]
 
   adadpigu benchmark step
-      everything; takes a quarter of an hour
+      everything; takes half an hour on one core
 
   adadpigu benchmark step --models mnist-cnn,mlp --methods adadpigu,opacus-hooks --json step.json
 """
@@ -75,11 +76,13 @@ def _step(plan: Plan, json_file: Path | None) -> None:
     if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
         raise ConfigurationError(f"--json: {json_file} is a folder, or would be in one that does not exist")
     console, progress = Console(), Console(stderr=True)
+    rows: list[dict[str, Any]] = []
     with progress.status("") as status:
         say = status.update if progress.is_terminal else lambda text: progress.print(text, highlight=False)
-        rows = measure(plan, say)
+        for found in measure(plan, say):
+            rows += found
+            if json_file is not None:  # already now: the next network may take long
+                report = {"rows": rows, "settings": asdict(plan), "machine": facts(plan.device)}
+                json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for table in tables(rows, plan):
         console.print(table)
-    if json_file is not None:
-        found = {"rows": rows, "machine": facts(plan.device, plan.threads)}
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -30,14 +30,12 @@ def check_device(device: str) -> None:
         raise ConfigurationError("--device: torch sees no CUDA device here; use cpu")
 
 
-def facts(device: str, threads: int) -> dict[str, str | int | dict[str, str] | None]:
-    """Give processor, versions, threads, what steers the allocator, and the commit."""
+def facts(device: str) -> dict[str, str | int | dict[str, str] | None]:
+    """Give processor, versions, what steers the allocator, and the commit."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
-        "device": device,
-        "threads": threads,
         "torch": torch.__version__,
         "opacus": _version("opacus"),
         "python": platform.python_version(),

@@ -1,7 +1,8 @@
-"""How much memory this process takes, at most, between two moments.
+"""How much memory this process takes, at most, during a step.
 
-On a CPU that is the peak of the resident set, which includes what the allocator holds back; Linux lets a process start
-its peak anew. On CUDA it is what torch's allocator had handed out.
+On a CPU that is anonymous memory that is resident, which includes what the allocator holds back. Linux keeps a peak of
+all resident memory and lets a process start it anew; the pages of files, libraries for instance, are taken off, since
+the system drops and reads them as it likes. On CUDA it is what torch's allocator had handed out.
 """
 
 import ctypes
@@ -14,44 +15,54 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 _CLEAR = Path("/proc/self/clear_refs")
 _CLEAR_PEAK = "5"
 
 
-def mark(device: str) -> float:
-    """Start a new peak and give the memory in use, in MB."""
+def settle(device: str) -> float:
+    """Give back what is free, which a method could start from otherwise, and give the memory in use, in MB."""
     gc.collect()
-    if torch.device(device).type == "cuda":
+    if _is_cuda(device):
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 1e6
-    if not _STATUS.exists():
-        return peak(device)
-    _give_back()
-    try:
-        _CLEAR.write_text(_CLEAR_PEAK)
-    except OSError:  # some containers forbid it; then earlier peaks may hide a small one
-        return peak(device)
-    return _resident("VmRSS")
-
-
-def peak(device: str) -> float:
-    """Give the largest memory in use since the mark, in MB."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if _STATUS.exists():
-        return _resident("VmHWM")
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size / 1e6 if sys.platform == "darwin" else size * 1024 / 1e6
-
-
-def _resident(key: str) -> float:
-    found = re.search(rf"^{key}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 / 1e6 if found else float("nan")
-
-
-def _give_back() -> None:
-    """Have the C library return free memory, or a method could start from what another step has left behind."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+    return _kilobytes(_STATUS, "RssAnon") / 1e3 if _STATUS.exists() else peak(device)
+
+
+def start(device: str) -> None:
+    """Start a new peak."""
+    if _is_cuda(device):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        try:
+            _CLEAR.write_text(_CLEAR_PEAK)
+        except OSError:  # some containers forbid it; then the peak is that of all steps
+            return
+
+
+def peak(device: str) -> float:
+    """Give the most memory in use since the start, in MB."""
+    if _is_cuda(device):
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if _STATUS.exists():
+        return (_kilobytes(_STATUS, "VmHWM") - _kilobytes(_STATUS, "RssFile")) / 1e3
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / 1e6 if sys.platform == "darwin" else size * 1.024 / 1e3
+
+
+def available_gb() -> float:
+    """Give the memory that this machine has left, in GB; infinite if it does not say."""
+    return _kilobytes(_MEMORY, "MemAvailable") / 1e6 if _MEMORY.exists() else float("inf")
+
+
+def _is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def _kilobytes(path: Path, key: str) -> float:
+    """Read a size from a file of the kernel; its kB are of 1,024 bytes."""
+    found = re.search(rf"^{key}:\s+(\d+) kB", path.read_text(encoding="ascii"), re.MULTILINE)
+    return int(found[1]) * 1.024 if found else float("nan")

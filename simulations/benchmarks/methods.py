@@ -6,6 +6,7 @@ All private methods clip to the same norm and add the same noise. ``adadpigu`` i
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,16 @@ def kept_gb(task: Task) -> float:
     """Estimate what the gradients of single records take that a method keeps, in GB."""
     num_parameters = ParameterLayout.of(make_model(task.model)).num_parameters
     return _COPIES.get(task.method, 0) * task.batch * num_parameters * 4 / 1e9
+
+
+def load(task: Task) -> None:
+    """Have libraries import what they import at their first use: tens of MB that are no method's memory."""
+    if task.method in OPACUS:
+        import_module("simulations.benchmarks.opacus_steps")
+    model, records = nn.Linear(1, 2), Records(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
+    standardisation = Standardisation.identity(4)
+    for make in (lambda trained: _plain(trained, Layout()), _naive):
+        make(Trained(model, records, standardisation))()
 
 
 def make_step(task: Task, trained: Trained) -> Step:

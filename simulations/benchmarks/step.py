@@ -6,7 +6,7 @@ in the default layout with the whole batch at once, which is what a user starts 
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from simulations.benchmarks.plan import (
     Task,
     has_opacus,
 )
-from simulations.benchmarks.worker import LeftOutError, Timing, Worker
+from simulations.benchmarks.worker import LeftOutError, Sample, Worker
 
 Say = Callable[[str], None]
 Row = dict[str, Any]
@@ -34,46 +34,31 @@ class Measured:
 
     Args:
         task: What was measured.
-        timings: Of the steps that count.
-        peak_mb: Growth of memory.
+        samples: Of the steps that count; empty for a method that was left out.
         note: Why it was left out.
     """
 
     task: Task
-    timings: list[Timing] = field(default_factory=list)
-    peak_mb: float | None = None
+    samples: list[Sample] = field(default_factory=list)
     note: str = ""
 
-    @property
-    def median_ms(self) -> float | None:
-        """Median time of a step; None for a method that was left out."""
-        return statistics.median(timing.elapsed for timing in self.timings) if self.counts else None
-
-    @property
-    def cpu_ms(self) -> float | None:
-        """Median processor time of a step, which other programs disturb less."""
-        return statistics.median(timing.processor for timing in self.timings) if self.counts else None
-
-    @property
-    def counts(self) -> bool:
-        """Whether it was measured to the end."""
-        return bool(self.timings) and not self.note
+    def median(self, what: str) -> float | None:
+        """Median over the steps of a field of `Sample`: what happens to the machine during one step does not count."""
+        return statistics.median(getattr(sample, what) for sample in self.samples) if self.samples else None
 
 
-def measure(plan: Plan, say: Say) -> list[Row]:
+def measure(plan: Plan, say: Say) -> Iterator[list[Row]]:
     """Measure everything in a plan.
 
     Args:
         plan: What to measure.
         say: Told what is happening.
 
-    Returns:
-        A row for each network and method, see `rows`.
+    Yields:
+        The rows of one network after the other, see `rows`.
     """
-    found = []
     for model in plan.models:
-        found += rows(_measure_model(plan, model, say))
-    return found
+        yield rows(_measure_model(plan, model, say))
 
 
 def _measure_model(plan: Plan, model: str, say: Say) -> list[Measured]:
@@ -88,8 +73,6 @@ def _measure_model(plan: Plan, model: str, say: Say) -> list[Measured]:
             first = repetition % len(workers) if workers else 0
             for worker, each in workers[first:] + workers[:first]:
                 _time(worker, each)
-        for worker, each in workers:
-            _look_at_memory(worker, each)
     finally:
         for worker, _ in workers:
             worker.close()
@@ -110,19 +93,10 @@ def _time(worker: Worker, each: Measured) -> None:
     if each.note:
         return
     try:
-        each.timings.append(worker.step())
+        each.samples.append(worker.step())
     except LeftOutError as reason:
-        each.note = str(reason)
+        each.note, each.samples = str(reason), []
         worker.close()
-
-
-def _look_at_memory(worker: Worker, each: Measured) -> None:
-    if each.note:
-        return
-    try:
-        each.peak_mb = worker.peak_mb()
-    except LeftOutError as reason:
-        each.note = str(reason)
 
 
 def rows(measured: list[Measured]) -> list[Row]:
@@ -131,8 +105,7 @@ def rows(measured: list[Measured]) -> list[Row]:
     The row ``plain`` is the fastest layout's; every layout has a row of its own beside it, ``plain-`` and its name.
     """
     plain = [each for each in measured if each.task.method == PLAIN]
-    timed = [each for each in plain if each.median_ms is not None]
-    best = min(timed, key=lambda each: each.median_ms or 0.0, default=plain[0])
+    best = min(plain, key=lambda each: each.median("elapsed_ms") or float("inf"))
     default = next(each for each in plain if each.task.layout == Layout())
     seen = {each.task.method: each for each in measured if each.task.method != PLAIN}
     reference = seen.get(STANDARDISED)
@@ -143,21 +116,23 @@ def rows(measured: list[Measured]) -> list[Row]:
 
 
 def _row(method: str, each: Measured, best: Measured, default: Measured, reference: Measured | None) -> Row:
-    times = [timing.elapsed for timing in each.timings] if each.counts else []
+    times = [sample.elapsed_ms for sample in each.samples]
+    elapsed, cpu, peak = (each.median(what) for what in ("elapsed_ms", "cpu_ms", "peak_mb"))
     return {
         "model": each.task.model,
         "method": method,
         "layout": each.task.layout.name if each.task.method == PLAIN else None,
         "batch": each.task.batch,
-        "median_ms": each.median_ms,
-        "cpu_ms": each.cpu_ms,
+        "median_ms": elapsed,
         "min_ms": min(times, default=None),
         "max_ms": max(times, default=None),
+        "cpu_ms": cpu,
         "repetitions": len(times),
-        "ratio": _ratio(each.median_ms, best.median_ms),
-        "peak_mb": each.peak_mb,
-        "peak_ratio": _ratio(each.peak_mb, default.peak_mb),
-        "speedup_over_opacus": _ratio(reference.median_ms if reference else None, each.median_ms),
+        "ratio": _ratio(elapsed, best.median("elapsed_ms")),
+        "cpu_ratio": _ratio(cpu, best.median("cpu_ms")),  # hardly disturbed by other programs
+        "peak_mb": peak,
+        "peak_ratio": _ratio(peak, default.median("peak_mb")),
+        "speedup_over_opacus": _ratio(reference.median("elapsed_ms"), elapsed) if reference else None,
         "note": each.note,
         **_verdict(method, each),
     }

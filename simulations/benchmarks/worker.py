@@ -18,11 +18,18 @@ _START_S = 120.0  # to import torch on a busy machine
 _FAREWELL_S = 5.0
 
 
-class Timing(NamedTuple):
-    """Of one step: milliseconds by the clock, and of all processors; on CUDA the first are the device's."""
+class Sample(NamedTuple):
+    """What one step took.
 
-    elapsed: float
-    processor: float
+    Args:
+        elapsed_ms: Milliseconds by the clock; on CUDA the device's.
+        cpu_ms: Milliseconds of all processors together.
+        peak_mb: Most memory beyond network and records.
+    """
+
+    elapsed_ms: float
+    cpu_ms: float
+    peak_mb: float
 
 
 class LeftOutError(Exception):
@@ -44,7 +51,7 @@ class Worker:
         self.task, self._limit_s = task, limit_s
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(task, theirs))
+        self._process = context.Process(target=serve, args=(task, theirs))
         self._process.start()
         theirs.close()
         try:
@@ -54,17 +61,14 @@ class Worker:
             self.close()
             raise
 
-    def step(self) -> Timing:
-        """Make a step and time it.
+    def step(self) -> Sample:
+        """Make a step and measure it.
 
         Raises:
             LeftOutError: It takes too long, or fails.
         """
-        return Timing(*self._ask("step", self._limit_s))
-
-    def peak_mb(self) -> float:
-        """Give the most memory that its steps took so far, beyond network and records, in MB."""
-        return float(self._ask("peak", _START_S))
+        self._pipe.send(None)
+        return Sample(*self._receive(self._limit_s))
 
     def close(self) -> None:
         """End the process."""
@@ -74,10 +78,6 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-
-    def _ask(self, request: str, limit_s: float) -> Any:
-        self._pipe.send(request)
-        return self._receive(limit_s)
 
     def _receive(self, limit_s: float) -> Any:
         if not self._pipe.poll(limit_s):
@@ -92,14 +92,19 @@ class Worker:
         return answer
 
 
-def _serve(task: Task, pipe: "Connection[Any, Any]") -> None:
-    """Answer requests until the other side closes the pipe; a text is a failure."""
-    warnings.simplefilter("ignore")
+def serve(task: Task, pipe: "Connection[Any, Any]") -> None:
+    """Make a step for whatever is sent, until the other side closes the pipe.
+
+    Args:
+        task: What to measure.
+        pipe: Given None once the first step can be asked for, then a `Sample` a step; a text if something fails.
+    """
     try:
-        step, peak = _prepare(task)
+        step = _prepare(task)
         pipe.send(None)
         while True:
-            pipe.send(step() if pipe.recv() == "step" else peak())
+            pipe.recv()
+            pipe.send(step())
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         return
     except LeftOutError as error:
@@ -109,30 +114,33 @@ def _serve(task: Task, pipe: "Connection[Any, Any]") -> None:
         pipe.send(f"{type(error).__name__}: {error}"[:300])
 
 
-def _prepare(task: Task) -> tuple[Callable[[], Timing], Callable[[], float]]:
-    """Make a function that times a step, and one that gives the peak growth of memory, in MB."""
+def _prepare(task: Task) -> Callable[[], Sample]:
+    """Make a function that makes a step and measures it."""
     import torch  # noqa: PLC0415 - the parent needs none of these
 
     from simulations.benchmarks import memory  # noqa: PLC0415
-    from simulations.benchmarks.methods import Trained, kept_gb, make_step  # noqa: PLC0415
+    from simulations.benchmarks.methods import Trained, kept_gb, load, make_step  # noqa: PLC0415
 
+    warnings.simplefilter("ignore")  # what libraries say is about their own use
     torch.set_num_threads(task.threads)
     needed = kept_gb(task)
-    if needed > task.limit_gb:
-        raise LeftOutError(f"the gradients that it keeps would take {needed:.3g} GB, more than {task.limit_gb:g}")
-    # libraries load their code with the first step, which is not the memory of a method
-    make_step(task, Trained.of(task, batch=2))()
+    limit = min(task.limit_gb, memory.available_gb())
+    if needed > limit:
+        raise LeftOutError(f"the gradients that it keeps would take {needed:.3g} GB, more than {limit:.3g}")
+    load(task)
     trained = Trained.of(task, batch=task.batch)
-    before = memory.mark(task.device)
+    before = memory.settle(task.device)
     step = make_step(task, trained)
     elapsed_of = _on_cuda if torch.device(task.device).type == "cuda" else _by_clock
 
-    def timed() -> Timing:
+    def measured() -> Sample:
+        memory.start(task.device)
         begun = time.process_time()
         elapsed = elapsed_of(step)
-        return Timing(elapsed, 1e3 * (time.process_time() - begun))
+        cpu = 1e3 * (time.process_time() - begun)
+        return Sample(elapsed, cpu, memory.peak(task.device) - before)
 
-    return timed, lambda: memory.peak(task.device) - before
+    return measured
 
 
 def _by_clock(step: Callable[[], None]) -> float:

@@ -63,7 +63,7 @@ def attention(  # the signature is torch's
         weights = [recorder.rows_of(in_proj_weight, i * size, (i + 1) * size) for i in range(3)]
         projected = _separate(recorder, (query, key, value), weights, in_proj_bias)
     mask = _mask(key_padding_mask, attn_mask, query, key, num_heads, add_zero_attn=add_zero_attn)
-    heads = [p.unflatten(-1, (num_heads, -1)).transpose(1, 2) for p in projected]  # [rows, H, T, E / H]
+    heads = [p.reshape(*p.shape[:2], num_heads, -1).transpose(1, 2) for p in projected]  # [rows, H, T, E / H]
     if add_zero_attn:
         heads[1:] = [F.pad(h, (0, 0, 0, 1)) for h in heads[1:]]
     dropout = dropout_p if training else 0.0

@@ -85,7 +85,7 @@ def _split(recorder: Recorder, one: Any, other: Any) -> tuple[Tensor, Tracked, b
     if first is not None and second is not None:
         raise UnsupportedUseError(tracked.name, "is combined with another parameter")
     data = recorder.data(one if second is not None else other, tracked)
-    shape = torch.broadcast_shapes(data.shape, tracked.value.shape)
+    shape = torch.broadcast_shapes(data.shape, tracked.value.shape)  # type: ignore[no-untyped-call]
     if len(shape) != data.dim() or shape[0] != data.shape[0]:
         raise UnsupportedUseError(tracked.name, "is broadcast to more than its data")
     if tracked.value.dim() == data.dim() and tracked.value.shape[0] != 1:

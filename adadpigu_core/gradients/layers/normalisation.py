@@ -51,16 +51,15 @@ class LayerNormalisation(_Normalisation):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise, and remember the moments."""
-        y, self.mean, self.inverse_stddev = torch.native_layer_norm(x, self.shape, *self.values, self.eps)
+        y, self.mean, self.inverse_stddev = torch.native_layer_norm(x.float(), self.shape, *self.values, self.eps)
         return y
 
     def input_gradient(self, x: Tensor, e: Tensor) -> Tensor:
         """Gradient of the input."""
-        e = e.to(x.dtype)
         gradients = torch.ops.aten.native_layer_norm_backward(
-            e, x, self.shape, self.mean, self.inverse_stddev, *self.values, [True, False, False]
+            e.float(), x.float(), self.shape, self.mean, self.inverse_stddev, *self.values, [True, False, False]
         )
-        return gradients[0]  # type: ignore[no-any-return]  # operators are not typed
+        return gradients[0].to(x.dtype)  # type: ignore[no-any-return]  # operators are not typed
 
     def uses(self, recorder: Recorder, x: Tensor, e: Tensor) -> Iterable[tuple[Argument, Use]]:
         """Sum over positions."""
@@ -89,18 +88,18 @@ class GroupNormalisation(_Normalisation):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise, and remember the moments."""
         y, self.mean, self.inverse_stddev = torch.native_group_norm(
-            _dense(x), *self.values, *self._sizes(x), self.groups, self.eps
+            _dense(x.float()), *self.values, *self._sizes(x), self.groups, self.eps
         )
         return y
 
     def input_gradient(self, x: Tensor, e: Tensor) -> Tensor:
         """Gradient of the input."""
-        x = _dense(x)
-        e = e.to(x.dtype).contiguous(memory_format=_format(x))
+        dense = _dense(x.float())
+        e = e.float().contiguous(memory_format=_format(dense))
         gradients = torch.ops.aten.native_group_norm_backward(
-            e, x, self.mean, self.inverse_stddev, self.values[0], *self._sizes(x), self.groups, [True, False, False]
+            e, dense, self.mean, self.inverse_stddev, self.values[0], *self._sizes(x), self.groups, [True, False, False]
         )
-        return gradients[0]  # type: ignore[no-any-return]  # operators are not typed
+        return gradients[0].to(x.dtype)  # type: ignore[no-any-return]  # operators are not typed
 
     def uses(self, recorder: Recorder, x: Tensor, e: Tensor) -> Iterable[tuple[Argument, Use]]:
         """Sum over positions and views."""

@@ -23,14 +23,14 @@ from simulations.benchmarks.plan import (
     Plan,
     Task,
 )
-from simulations.benchmarks.step import Measured, measure, rows
+from simulations.benchmarks.step import Measured, rows
 from simulations.benchmarks.table import tables
-from simulations.benchmarks.worker import LeftOutError, Timing, Worker
+from simulations.benchmarks.worker import LeftOutError, Sample, Worker, serve
 from simulations.command_line import app
 
 KEYS = {
-    "model", "method", "layout", "batch", "median_ms", "cpu_ms", "min_ms", "max_ms", "repetitions", "ratio", "peak_mb",
-    "peak_ratio", "speedup_over_opacus", "note",
+    "model", "method", "layout", "batch", "median_ms", "cpu_ms", "min_ms", "max_ms", "repetitions", "ratio",
+    "cpu_ratio", "peak_mb", "peak_ratio", "speedup_over_opacus", "note",
 }  # fmt: skip
 
 
@@ -38,8 +38,19 @@ def task(method=PLAIN, layout=None, batch=4, limit_gb=10.0):
     return Task("mnist-cnn", method, layout or Layout(), batch, 0.6, "cpu", 1, limit_gb)
 
 
+def measured(plan):
+    return [row for found in step_module.measure(plan, lambda _: None) for row in found]
+
+
 def invoke(*arguments):
     return CliRunner().invoke(app, ["benchmark", "step", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
 
 
 # ---- the whole command
@@ -48,23 +59,24 @@ def invoke(*arguments):
 @pytest.mark.slow
 def test_the_command_measures_and_writes(tmp_path):
     file = tmp_path / "step.json"
-    options = ("--models", "mlp", "--methods", "adadpigu, naive", "--batch", "4", "--repetitions", "2")
+    options = ("--models", "mlp", "--methods", "adadpigu,", "--batch", "4", "--repetitions", "2")
     result = invoke(*options, "--json", str(file))
     assert result.exit_code == 0, result.output
     written = json.loads(file.read_text())
-    assert [row["method"] for row in written["rows"]] == [PLAIN, "plain-default", ADADPIGU, NAIVE]
+    assert [row["method"] for row in written["rows"]] == [PLAIN, "plain-default", ADADPIGU]
     for row in written["rows"]:
         assert set(row) >= KEYS
         assert (row["model"], row["batch"], row["repetitions"], row["note"]) == ("mlp", 4, 2, "")
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
         assert row["peak_mb"] > 0
         assert row["method"] in result.output
-    plain, _, ours, _ = written["rows"]
+    plain, _, ours = written["rows"]
     assert (plain["ratio"], plain["peak_ratio"], plain["layout"]) == (1, 1, "default")
     assert ours["ratio"] == pytest.approx(ours["median_ms"] / plain["median_ms"])
     assert ours["peak_ratio"] == pytest.approx(ours["peak_mb"] / plain["peak_mb"])
     assert ours["ratio_pass"] == BOUNDS["mlp"].time
-    assert {"cpu", "torch", "threads", "allocator", "commit"} <= set(written["machine"])
+    assert {"cpu", "torch", "allocator", "commit"} <= set(written["machine"])
+    assert (written["settings"]["threads"], written["settings"]["retention"]) == (1, 0.6)
     assert "against its bounds" not in result.output, "they are for another batch"
 
 
@@ -111,7 +123,7 @@ def test_without_opacus_its_methods_say_how_to_get_it(monkeypatch):
 def test_without_opacus_everything_else_is_measured_by_default(monkeypatch):
     monkeypatch.setattr(step_module, "has_opacus", lambda: False)
     monkeypatch.setattr(step_module, "Worker", FakeWorker)
-    found = {row["method"]: row for row in measure(Plan(("mlp",), repetitions=1), lambda _: None)}
+    found = {row["method"]: row for row in measured(Plan(("mlp",), repetitions=1))}
     assert set(METHODS) <= set(found)
     assert found[GHOST]["median_ms"] is None
     assert "pip install" in found[GHOST]["note"]
@@ -139,10 +151,7 @@ class FakeWorker:
         self.turns.append(self.given.name)
         if self.given.name == self.failing:
             raise LeftOutError("it broke")
-        return Timing(20.0 if self.given.method == GHOST else 10.0, 9.0)
-
-    def peak_mb(self):
-        return 5.0
+        return Sample(20.0 if self.given.method == GHOST else 10.0, 9.0, 5.0)
 
     def close(self):
         pass
@@ -157,13 +166,13 @@ def fake(monkeypatch):
 
 
 def test_methods_take_turns_from_another_first_one_in_every_repetition(fake):
-    measure(Plan(("mlp",), (ADADPIGU, NAIVE), batch=8, repetitions=3), lambda _: None)
+    measured(Plan(("mlp",), (ADADPIGU, NAIVE), batch=8, repetitions=3))
     assert fake.turns == [PLAIN, ADADPIGU, NAIVE, ADADPIGU, NAIVE, PLAIN, NAIVE, PLAIN, ADADPIGU]
 
 
 def test_a_method_that_breaks_on_the_way_has_no_figures_and_the_others_do(fake, monkeypatch):
     monkeypatch.setattr(fake, "failing", NAIVE)
-    found = {row["method"]: row for row in measure(Plan(("mlp",), (GHOST, NAIVE), batch=8), lambda _: None)}
+    found = {row["method"]: row for row in measured(Plan(("mlp",), (GHOST, NAIVE), batch=8))}
     assert (found[NAIVE]["median_ms"], found[NAIVE]["peak_mb"], found[NAIVE]["repetitions"]) == (None, None, 0)
     assert found[NAIVE]["note"] == "it broke"
     assert fake.turns.count(NAIVE) == 1
@@ -171,7 +180,7 @@ def test_a_method_that_breaks_on_the_way_has_no_figures_and_the_others_do(fake, 
 
 
 def seen(method, *milliseconds, layout=None, peak_mb=1.0):
-    return Measured(task(method, layout), [Timing(ms, ms) for ms in milliseconds], peak_mb)
+    return Measured(task(method, layout), [Sample(ms, ms, peak_mb) for ms in milliseconds])
 
 
 def test_plain_is_the_fastest_layout_and_memory_is_compared_with_the_default():
@@ -201,7 +210,7 @@ def test_plain_layouts_are_those_that_differ():
 
 def test_bounds_are_shown_where_they_apply(fake):
     plan = Plan(("mlp",), (ADADPIGU, STANDARDISED, HOOKS))
-    found = measure(plan, lambda _: None)
+    found = measured(plan)
     assert [table.row_count for table in tables(found, plan)] == [len(found), 1]
     assert len(tables(found, Plan(("mlp",), (ADADPIGU,), threads=2))) == 1
 
@@ -210,34 +219,62 @@ def test_bounds_are_shown_where_they_apply(fake):
 
 
 @pytest.mark.slow
-def test_a_worker_steps_and_ends():
-    worker = Worker(task(), 60)
-    timing = worker.step()
-    assert timing.elapsed > 0
-    assert worker.peak_mb() >= 0
+def test_a_worker_steps_until_a_step_takes_too_long_and_ends():
+    worker = Worker(task(batch=512), 60)
+    sample = worker.step()
+    assert sample.elapsed_ms > 0
+    assert sample.cpu_ms > 0
+    assert sample.peak_mb > 0
+    worker._limit_s = 1e-3
+    with pytest.raises(LeftOutError, match=r"more than 0\.001 s"):
+        worker.step()
     worker.close()
     worker.close()
     assert not worker._process.is_alive()
 
 
-@pytest.mark.slow
+class FakePipe:
+    """Asks for a number of steps and keeps the answers."""
+
+    def __init__(self, steps):
+        self.steps, self.answers = steps, []
+
+    def recv(self):
+        self.steps -= 1
+        if self.steps < 0:
+            raise EOFError
+
+    def send(self, answer):
+        self.answers.append(answer)
+
+
 @pytest.mark.parametrize(
-    ("given", "limit_s", "reason"),
+    ("given", "reason"),
     [
-        (task(batch=512), 1e-3, "more than 0.001 s"),
-        (task(HOOKS, limit_gb=1e-6), 60, r"would take 0\.000416 GB, more than 1e-06"),
-        (task(layout=Layout(physical_batch=-1)), 60, "RuntimeError"),
+        (task(HOOKS, limit_gb=1e-6), "the gradients that it keeps would take 0.000416 GB, more than 1e-06"),
+        (task(layout=Layout(physical_batch=-1)), "RuntimeError: "),
     ],
 )
-def test_a_method_is_left_out_with_the_reason(given, limit_s, reason):
-    with pytest.raises(LeftOutError, match=reason):
-        Worker(given, limit_s)
+def test_a_method_that_fails_says_so(given, reason):
+    pipe = FakePipe(1)
+    serve(given, pipe)
+    assert len(pipe.answers) == 1
+    assert pipe.answers[0].startswith(reason)
+
+
+def test_steps_are_served_until_the_other_side_is_gone():
+    pipe = FakePipe(2)
+    serve(task(), pipe)
+    assert pipe.answers[0] is None
+    assert len(pipe.answers) == 3
+    assert all(sample.elapsed_ms > 0 for sample in pipe.answers[1:])
 
 
 def test_the_peak_is_that_since_the_mark():
     size = 64_000_000
     del (block := [bytearray(size)])[0]  # an earlier peak
-    before = memory.mark("cpu")
+    before = memory.settle("cpu")
+    memory.start("cpu")
     assert memory.peak("cpu") - before < 10
     block.append(bytearray(size))
     del block[0]
