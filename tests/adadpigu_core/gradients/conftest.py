@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
-from adadpigu_core.gradients import ClippedSum, clipped_sum
+from adadpigu_core.gradients import ClippedSum, check_gradients, clipped_sum
 
 CLASSES = 3
 LAST_BIT = 2.0**-23
@@ -267,6 +267,8 @@ def _agree_or_refuse(model: nn.Module, records: Records, *names: str, **argument
         arguments: For `_agree`.
     """
     try:
+        shape = tuple(records.features.shape[1:])
+        check_gradients(model, arguments.get("loss", _cross_entropy), shape, CLASSES)  # as a client does before a run
         _agree(model, records, **arguments)
     except ModelError as error:
         refusal = str(error)
