@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
-from adadpigu_core.gradients import ClippedSum, clipped_sum
+from adadpigu_core.gradients import ClippedSum, check_gradients, clipped_sum
 
 CLASSES = 3
 LAST_BIT = 2.0**-23
@@ -214,8 +214,8 @@ def _clipping_norm(reference: Reference, given: Standardisation, kind: str) -> f
 
 
 def _exact_norm(total: Tensor) -> float:
-    """Norm of a float64 vector, its squares added up without rounding."""
-    return math.sqrt(math.fsum(total.square().tolist()))
+    """Norm of a vector, its squares added up without rounding."""
+    return math.sqrt(math.fsum(total.double().square().tolist()))
 
 
 def _compare(result: ClippedSum, expected: Expected, given: Standardisation, what: object = "") -> None:
@@ -229,7 +229,7 @@ def _compare(result: ClippedSum, expected: Expected, given: Standardisation, wha
     assert not result.total[~given.mask].any(), f"{what}: not zero where the mask is False"
     wrong = (result.norms - expected.norms).abs() / expected.tolerances.clamp(min=1e-300)
     assert bool((wrong <= 1).all()), f"{what}: norms {result.norms} are not {expected.norms}, {wrong} times too far"
-    distance, allowed = float((result.total - expected.total).norm()), expected.total_tolerance
+    distance, allowed = float((result.total.double() - expected.total).norm()), expected.total_tolerance
     assert distance <= allowed, f"{what}: sum is {distance / max(allowed, 1e-300)} times too far away"
 
 
@@ -267,6 +267,8 @@ def _agree_or_refuse(model: nn.Module, records: Records, *names: str, **argument
         arguments: For `_agree`.
     """
     try:
+        shape = tuple(records.features.shape[1:])
+        check_gradients(model, arguments.get("loss", _cross_entropy), shape, CLASSES)  # as a client does before a run
         _agree(model, records, **arguments)
     except ModelError as error:
         refusal = str(error)

@@ -93,12 +93,6 @@ def test_a_memory_limit_bounds_the_physical_batch(built, records_of, cross_entro
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_without_fused_kernels(agree, built, records_of, name):
-    options = gradients.GradientOptions(accelerated=False)
-    agree(built(MODELS[name][0]), records_of(MODELS[name][1]), options=options)
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_half_precision_is_less_precise_and_holds_the_bound(case, cross_entropy, exact_norm, name):
     model, records, given, norm = case(name)
     usual = clipped_sum(model, cross_entropy, records, given, norm)
@@ -188,7 +182,7 @@ def test_forward_and_backward_drop_the_same():
     for seed in range(5):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            total = clipped_sum(model, loss, record, Standardisation.identity(30), math.inf).total
+            total = clipped_sum(model, loss, record, Standardisation.identity(30), math.inf).total.double()
         kept = total != 0
         assert 3 < int(kept.sum()) < 27
         dropped_out = torch.where(kept, 2 * features[0].double(), 0.0)

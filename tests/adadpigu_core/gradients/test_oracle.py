@@ -70,7 +70,7 @@ def without_mean(result, given, clipping_norm):
 
 def outside_of_the_mask(result, given, clipping_norm):
     total = result.total.clone()
-    total[~given.mask] = 1e-300
+    total[~given.mask] = 1e-30
     return ClippedSum(total, result.norms)
 
 
@@ -78,11 +78,11 @@ def of_fewer_records(result, given, clipping_norm):
     return ClippedSum(result.total, result.norms[:-1])
 
 
-def of_single_precision(result, given, clipping_norm):
-    return ClippedSum(result.total.float(), result.norms)
+def with_norms_of_single_precision(result, given, clipping_norm):
+    return ClippedSum(result.total, result.norms.float())
 
 
-WRONG = (wrong_norms, wrong_total, without_mean, outside_of_the_mask, of_fewer_records, of_single_precision)
+WRONG = (wrong_norms, wrong_total, without_mean, outside_of_the_mask, of_fewer_records, with_norms_of_single_precision)
 
 
 @pytest.mark.parametrize("wrong", WRONG)

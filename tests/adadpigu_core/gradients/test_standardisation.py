@@ -1,5 +1,6 @@
 """Every kind of layer under every mask, mean, scale, clipping norm and batch size."""
 
+import itertools
 import math
 
 import pytest
@@ -117,15 +118,39 @@ def test_what_is_masked_is_never_looked_at(built, records_of, reference_of, stan
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e30])
-def test_losses_whose_squares_leave_the_range_of_float32(agree, built, records_of, cross_entropy, name, size):
-    """Gradients in float32 have these sizes; they're clipped like others."""
-
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e6, 1e12])
+def test_losses_of_other_sizes(agree, built, records_of, cross_entropy, name, size):
     def loss(outputs, labels):
         return size * cross_entropy(outputs, labels)
 
     settings = (("full", "zero", "unit", "typical"), ("most", "zero", "unit", "small"))
     agree(built(MODELS[name][0]), records_for(name, records_of, 3), loss, settings=settings)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("mean", "sizes"), [("zero", (1e-36, 1e-22, 1e-18, 1e18, 1e30)), ("near", (1e-36, 1e-26, 1e-18))]
+)
+def test_gradients_whose_squares_leave_the_range_of_float32_stay_within_the_bound(
+    built, records_of, reference_of, standardisation_of, exact_norm, cross_entropy, name, mean, sizes
+):
+    """A record that is classified well has a tiny gradient, and a server may choose a tiny scale and clipping norm.
+
+    A norm that vanishes because squares do must not let a record pass unclipped; one that overflows may clip it to
+    nothing.
+    """
+    model, records = built(MODELS[name][0]), records_for(name, records_of, 1)
+    for size, scale in itertools.product(sizes, (1e-12, 1.0, 1e12)):
+
+        def loss(outputs, labels, size=size):
+            return size * cross_entropy(outputs, labels)
+
+        reference = reference_of(model, records, loss)
+        given = standardisation_of(reference, "full", mean, "unit")
+        given.scale[:] = scale
+        clipping_norm = 1e-3 * float(reference.gradients[0].norm()) / scale
+        total = clipped_sum(model, loss, records, given, clipping_norm).total
+        assert exact_norm(total) <= clipping_norm, (size, scale)
 
 
 @pytest.mark.parametrize("name", MODELS)

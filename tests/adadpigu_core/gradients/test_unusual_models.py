@@ -312,7 +312,7 @@ def test_traced_layers(agree_or_refuse, built, records_of, count):
         first = torch.jit.trace(nn.Linear(4, 4), torch.zeros(2, 5, 4))
         return nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(20, 3))
 
-    agree_or_refuse(built(make), records_of((5, 4), count), "0")
+    agree_or_refuse(built(make), records_of((5, 4), count), "0", "Sequential")
 
 
 @pytest.mark.parametrize("count", [2, 5])
