@@ -46,7 +46,7 @@ class Workspace:
                 return None
             if not always:
                 self._floats -= self._num_records * size
-            self._kept[start] = torch.empty(self._num_records, size, device=self._device)
+            self._kept[start] = torch.empty(self._num_records, size, dtype=torch.float32, device=self._device)
         return self._kept[start][:count]
 
 

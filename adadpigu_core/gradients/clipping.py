@@ -79,7 +79,7 @@ def losses_of(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def clipping_factors(norms: Tensor, clipping_norm: float, slack: Tensor | float = 0.0) -> Tensor:
-    """Factors min(1, C / ||u_i||), float64 [n]; zero for a norm that is not finite.
+    """Factors min(1, C / ||u_i||), float32 [n], rounded down; zero for a norm that is not finite.
 
     Args:
         norms: Standardised norms, float64 [n].
@@ -87,4 +87,6 @@ def clipping_factors(norms: Tensor, clipping_norm: float, slack: Tensor | float 
         slack: By how much a norm may be under-estimated, or its contribution over-estimated, at most.
     """
     factors = (clipping_norm / (norms * (1 + _MARGIN) + slack)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, 0.0)
+    factors = torch.where(torch.isfinite(norms), factors, 0.0)
+    rounded = factors.float()
+    return torch.where(rounded > factors, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)

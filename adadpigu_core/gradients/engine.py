@@ -33,7 +33,7 @@ from adadpigu_core.gradients.clipping import (
     losses_of,
 )
 from adadpigu_core.gradients.generic import Copies
-from adadpigu_core.gradients.recorder import Recorder, Tracked
+from adadpigu_core.gradients.recorder import Recorder, Tracked, differentiate
 from adadpigu_core.gradients.survey import Survey, survey
 from adadpigu_core.gradients.transform import Transform
 from adadpigu_core.gradients.uses import Factors, Use
@@ -79,7 +79,7 @@ def clipped_sum(
     transform = Transform.of(standardisation, device)
     found = survey(model, records, augmentation)
     batches = _physical_batches(len(records), found, options, device)
-    total = torch.zeros(layout.num_parameters, device=device)
+    total = torch.zeros(layout.num_parameters, dtype=torch.float32, device=device)
     norms = [torch.zeros(0, dtype=torch.float64, device=device)]
     with _exact(model, layout, transform) as active:
         largest = max((stop - start for start, stop in batches), default=0)
@@ -87,10 +87,12 @@ def clipped_sum(
         task = _Task(model, loss, active, transform, clipping_norm, found, options, augmentation, workspace)
         for start, stop in batches:
             features, labels = (
-                values[start:stop].to(device, non_blocking=True) for values in (records.features, records.labels)
+                values[start:stop].detach().to(device, non_blocking=True)
+                for values in (records.features, records.labels)
             )
             norms.append(_Pass(task).run(features, labels, total))
-    total *= transform.inverse_scale
+    # plus zero, since minus zero would tell the sign of a sum where the mask is False
+    total.mul_(transform.inverse_scale).add_(0.0)
     if not _finite(total):  # where the mask is False, sums of huge gradients may have left the range of float32
         total.masked_fill_(transform.inverse_scale == 0, 0.0)
     return ClippedSum(total.cpu(), torch.cat(norms).cpu())
@@ -182,7 +184,7 @@ class _Pass:
         with torch.enable_grad():
             losses = self._losses(views, labels, recorder, copies)
             if losses.requires_grad:
-                losses.sum().backward()  # type: ignore[no-untyped-call]
+                differentiate(losses.sum(), task.model)
         with torch.no_grad():
             copies.collect()
             for tracked, uses in recorder.rest():
@@ -235,7 +237,7 @@ class _Pass:
             mean_norm = torch.linalg.vector_norm(transform.standardised_mean, dtype=torch.float64)
         norms = squares.sqrt()
         slack = (squares + doubt).sqrt() - norms + _KERNELS * mean_norm
-        values = clipping_factors(norms, self._task.clipping_norm, slack).float()
+        values = clipping_factors(norms, self._task.clipping_norm, slack)
         broken = ~torch.isfinite(norms)
         if broken.device.type == "cpu" and not bool(broken.any()):
             return norms, Factors(values, None)

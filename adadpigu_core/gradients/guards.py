@@ -83,7 +83,10 @@ def check_gradients(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], 
         found.norms, expected.double().norm(dim=1), rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.norm())
     )
     if wrong or not bool(torch.isfinite(expected).all()):
-        text = f"{type(model).__name__}: gradients of single records are not what ordinary ones add up to"
+        text = (
+            f"the gradients of records in {type(model).__name__} do not add up to ordinary ones: leave out layers that "
+            "mix records, and uses of parameters that torch does not show"
+        )
         raise ModelError(text, text)
 
 

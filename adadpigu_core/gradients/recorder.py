@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
+from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients.uses import Use
 
 
@@ -142,7 +144,7 @@ class Recorder(TorchFunctionMode):
             id(tensor): (tensor, Tracked(name, start, tensor.detach())) for name, (tensor, start) in parameters.items()
         }
         device = next(iter(parameters.values()))[0].device if parameters else None
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._anchor = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
         self._expected: Counter[tuple[int, int]] = Counter()
         self._held: set[tuple[int, int]] = set()
         self._pending: dict[tuple[int, int], list[Use]] = defaultdict(list)
@@ -287,6 +289,19 @@ class Recorder(TorchFunctionMode):
         return values.reshape(self.num_records, -1, values.shape[-1])
 
 
+def differentiate(loss: Tensor, model: nn.Module) -> None:
+    """Run the backward pass.
+
+    Raises:
+        ModelError: The model throws activations away and computes them anew.
+    """
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except CheckpointError as error:
+        text = f"{type(model).__name__} uses torch.utils.checkpoint: leave that out; physical batches bound memory here"
+        raise ModelError(text, text) from error
+
+
 class _Record(torch.autograd.Function):
     """A layer as a node of the graph. The anchor makes torch call its backward pass even if no input needs one."""
 
@@ -300,7 +315,9 @@ class _Record(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
         (e,) = gradients
+        x = None if x is None else x.detach()  # a use that held the graph would keep it, and itself, alive
         with torch.no_grad():
-            ctx.recorder.receive(ctx.layer, x, e)
+            ctx.recorder.receive(ctx.layer, x, e.detach())
             wanted = ctx.layer.input_gradient(x, e) if ctx.needs_input_grad[1] else None
+        ctx.layer = ctx.recorder = None
         return None, wanted, None, None

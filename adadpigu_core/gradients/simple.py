@@ -80,4 +80,4 @@ def _clip(gradients: Tensor, standardisation: Standardisation, clipping_norm: fl
     norms = torch.linalg.vector_norm(standardised, dim=1, dtype=torch.float64)
     factors = clipping_factors(norms, clipping_norm)
     standardised = torch.where(torch.isfinite(norms).unsqueeze(1), standardised, 0.0)
-    return factors @ standardised.double(), norms
+    return factors.double() @ standardised.double(), norms

@@ -2,7 +2,8 @@
 
 The model runs on made-up records, two and then three of them. A layer that is applied to something else than one row a
 record shows itself, since no other dimension can have both sizes; without this, a batch that happens to have as many
-records as a sentence has words would be clipped wrongly.
+records as a sentence has words would be clipped wrongly. Then the outputs of the first record alone are differentiated:
+a gradient that arrives in another record's place belongs to a model that mixes or moves records.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients.clipping import Augmentation
 from adadpigu_core.gradients.generic import Copies, owner
-from adadpigu_core.gradients.recorder import Recorder, UnsupportedUseError
+from adadpigu_core.gradients.recorder import Recorder, Tracked, UnsupportedUseError, differentiate
+from adadpigu_core.gradients.uses import Use
 from adadpigu_core.models import check_private
 from adadpigu_core.parameters import ParameterLayout
 
@@ -68,9 +71,10 @@ def _look(
     without_rule: frozenset[str] = frozenset()
     activations = 0
     for count in (2, 3):
+        features = torch.rand(count, *shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
         while True:
             try:
-                activations = _try(model, layout, torch.zeros(count, *shape), augmentation, without_rule)
+                activations = _try(model, layout, features, augmentation, without_rule)
                 break
             except UnsupportedUseError as error:
                 without_rule = _with(model, without_rule, error)
@@ -99,12 +103,42 @@ def _try(
         start += size
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
+    kept = [(parameter, parameter.grad) for parameter, _ in parameters.values()]
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         views = features.to(device).unsqueeze(1) if augmentation is None else augmentation(features.to(device))
-        recorder = Recorder(parameters, len(features), views.shape[1], lambda *_: None)
-        with Copies(model, without_rule, recorder).in_place(), recorder:
-            model(views.flatten(0, 1))
+        recorder = Recorder(parameters, len(features), views.shape[1], _require_isolation)
+        copies = Copies(model, without_rule, recorder)
+        with copies.in_place(), recorder:
+            outputs = model(views.flatten(0, 1))
+        try:
+            _differentiate_first(model, outputs, views.shape[1])
+            copies.collect()
+            for tracked, uses in recorder.rest():
+                _require_isolation(tracked, uses)
+        finally:
+            for parameter, gradient in kept:
+                parameter.grad = gradient
     return recorder.activations
+
+
+def _differentiate_first(model: nn.Module, outputs: Any, views: int) -> None:
+    """Differentiate something that depends on the outputs of the first record only."""
+    tensors = [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor) and value.requires_grad]
+    if tensors:
+        firsts = [value[:views].float() for value in tensors]
+        differentiate(torch.stack([first.square().sum() + first.sum() for first in firsts]).sum(), model)
+
+
+def _require_isolation(tracked: Tracked, uses: list[Use]) -> None:
+    """Require that no record but the first has a gradient."""
+    for use in uses:
+        others = use.gradients(1, use.num_records)
+        if bool((others.nan_to_num(0.0) != 0).any()):  # broken weights make everything NaN, and show nothing
+            text = (
+                f"the gradients of records mix or change places before they reach parameter {tracked.name}; "
+                "leave out what does that to a batch, or make the records come first in every layer"
+            )
+            raise ModelError(text, text)
 
 
 def _with(model: nn.Module, without_rule: frozenset[str], error: UnsupportedUseError) -> frozenset[str]:

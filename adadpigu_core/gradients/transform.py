@@ -91,8 +91,8 @@ class Transform:
         if not bool(torch.isfinite((mean / scale).square().sum())):
             text = "gradient-mean: must be finite where retained, also after division by the scale"
             raise MessageError(text, text)
-        inverse = torch.zeros(standardisation.mask.shape).index_copy_(0, retained, 1 / scale)
-        centre = torch.zeros(standardisation.mask.shape).index_copy_(0, retained, mean) if mean.any() else None
+        inverse = torch.zeros_like(standardisation.scale).index_copy_(0, retained, 1 / scale)
+        centre = torch.zeros_like(standardisation.mean).index_copy_(0, retained, mean) if mean.any() else None
         return cls(inverse.to(device), None if centre is None else centre.to(device), standardisation.mask)
 
     @cached_property

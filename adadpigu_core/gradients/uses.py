@@ -217,7 +217,7 @@ def _bilinear(e: Tensor, x: Tensor, inverse_scale: Tensor, mean: Tensor | None) 
     """
     out, width = inverse_scale.shape
     step = max(1, _CACHED_FLOATS // width) if e.device.type == "cpu" else out
-    short = torch.zeros(len(e), width, device=e.device) if out <= width else None
+    short = e.new_zeros(len(e), width) if out <= width else None
     values = torch.zeros(len(e), dtype=torch.float64, device=e.device)
     for start in range(0, out, step):
         rows = slice(start, start + step)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adadpigu_core.gradients.recorder import Argument, Layer, Recorder, UnsupportedUseError, register_rule
+from adadpigu_core.exceptions import ModelError
+from adadpigu_core.gradients.recorder import Argument, Layer, Recorder, register_rule
 from adadpigu_core.gradients.transform import Block
 from adadpigu_core.gradients.uses import UNDERFLOW, Factors, SquaredNorms, Use
 
@@ -38,7 +39,7 @@ class Lookup(Use):
         """Gradients of some records, each of the table's size."""
         tokens, errors = self.tokens[start:stop], self.errors[start:stop]
         first = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * self.num_rows
-        flat = torch.zeros(len(tokens) * self.num_rows, errors.shape[2], device=errors.device)
+        flat = errors.new_zeros(len(tokens) * self.num_rows, errors.shape[2])
         flat.index_add_(0, (tokens + first).flatten(), errors.flatten(0, 1))
         return flat.view(len(tokens), -1)
 
@@ -128,6 +129,7 @@ def embedding(
     argument = recorder.argument(weight)
     name = argument.tracked.name if argument.tracked else ""
     if max_norm is not None or scale_grad_by_freq:
-        raise UnsupportedUseError(name, "is an embedding with max_norm or scale_grad_by_freq, which mix records")
+        text = f"parameter {name}: max_norm and scale_grad_by_freq of an embedding mix records; leave them out"
+        raise ModelError(text, text)
     padding = None if padding_idx is None else padding_idx % len(weight)
     return recorder.apply(Embedding(argument, padding), recorder.data(input, argument.tracked))
