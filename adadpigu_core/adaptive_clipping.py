@@ -17,7 +17,7 @@ The clipped sum has sensitivity C whatever a and b are, so a bad statistic can c
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import ClassVar, Protocol
 
 import torch
@@ -82,6 +82,11 @@ class Standardisation:
     mask: Tensor
     mean: Tensor
     scale: Tensor
+
+    @cached_property
+    def centred(self) -> bool:
+        """Whether there is a mean."""
+        return bool(self.mean.any())
 
     @classmethod
     def identity(cls, num_parameters: int) -> "Standardisation":

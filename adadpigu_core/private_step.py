@@ -147,7 +147,10 @@ def _release(total: Tensor, given: Standardisation, mechanism: Mechanism, random
     for start in range(0, len(total), _CHUNK):
         part = slice(start, start + _CHUNK)
         retained = torch.from_numpy(np.flatnonzero(given.mask[part].numpy()))
-        noisy = add_gaussian_noise(total[part][retained], mechanism.sum_noise_stddev, randomness)
-        noisy.mul_(given.scale[part][retained]).div_(mechanism.expected_batch_size).add_(given.mean[part][retained])
+        values, scale = (whole[part].index_select(0, retained) for whole in (total, given.scale))
+        noisy = add_gaussian_noise(values, mechanism.sum_noise_stddev, randomness)
+        noisy.mul_(scale).div_(mechanism.expected_batch_size)
+        if given.centred:
+            noisy.add_(given.mean[part].index_select(0, retained))
         total[part].index_copy_(0, retained, noisy.float())
     return Release(total, given, mechanism.noise_stddev)

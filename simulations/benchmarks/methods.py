@@ -107,12 +107,14 @@ def _private(trained: Trained, randomness: Randomness) -> Step:
     model, given = trained.model, trained.standardisation
     mechanism = Mechanism(TRAINING, CLIPPING_NORM, NOISE_MULTIPLIER, 1.0, len(trained.records))
     statistics = FixedStatistics(given.mean, given.scale)
+    weights = flatten(model).cpu()  # as local training holds them between its steps
 
     def step() -> None:
         release, _, _ = private_step(
             model, cross_entropy, trained.records, mechanism, given.mask, statistics, randomness, lambda _: None
         )
-        descend(model, release.gradient)
+        weights.sub_(release.gradient, alpha=LEARNING_RATE)
+        assign(model, weights)
 
     return step
 
