@@ -49,6 +49,7 @@ from adadpigu_core.models import ModelSpec, build, check_isolation, check_privat
 from adadpigu_core.parameters import ParameterLayout, assign
 from adadpigu_core.private_step import Mechanism
 from adadpigu_core.provenance import code_fingerprint
+from adadpigu_core.reconciliation import check_complete
 from client.site import Site
 
 log = logging.getLogger("adadpigu.client")
@@ -143,6 +144,7 @@ def train(request: TrainRequest, site: Site, ledger: Ledger) -> Wire:
     stored = ledger.stored_release(round_)
     if stored is not None:
         return _unpack(stored)
+    check_complete(ledger, request.spent)
     work = _prepare(request, site, ledger)
     charge = ledger.charge(round_, _round_event(work.mechanism, request.steps), work.target)
     try:

@@ -16,7 +16,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,22 @@ class Limits:
 
     def quieten(self, plan: Plan) -> Plan:
         """Raise the noise of a plan to what the policy asks for at least; more noise always fits the same budget."""
+        return replace(
+            plan,
+            pretraining=self._raised(plan.pretraining, plan.events),
+            training=self._raised(plan.training, plan.events),
+        )
 
-        def raised(event: Event) -> Event:
-            return replace(event, noise_multiplier=max(event.noise_multiplier, self.smallest_noise_multiplier))
-
-        return Plan(raised(plan.pretraining), raised(plan.training))
+    def _raised(self, event: Event, events: Iterable[Event]) -> Event:
+        """Raise the first step's noise by so much that the step with the least noise, if another, has enough."""
+        noise = event.noise_multiplier
+        lowest = min([noise, *(step.noise_multiplier for step in events if step.phase == event.phase)])
+        if lowest >= self.smallest_noise_multiplier:
+            return event
+        if lowest == noise:
+            return replace(event, noise_multiplier=self.smallest_noise_multiplier)
+        # a hair more, so that no product falls short by its rounding
+        return replace(event, noise_multiplier=noise * self.smallest_noise_multiplier / lowest * (1 + 1e-9))
 
 
 @dataclass(frozen=True)

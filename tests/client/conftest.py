@@ -120,7 +120,8 @@ class Node:
 
     def write_policy(self):
         """Write the policy down."""
-        tables = {f"data-sets.{json.dumps(self.config.get('dataset', ''))}": self.budget}
+        name = self.config.get("data-set-name", self.config.get("dataset", ""))
+        tables = {f"data-sets.{json.dumps(name)}": self.budget}
         tables |= {"limits": self.limits, "allowed": self.allowed}
         lines = ["version = 1"]
         for name, table in tables.items():

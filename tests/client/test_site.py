@@ -1,6 +1,5 @@
 """Whose records, ledger and limits a client works with: its owner's, or a simulation's."""
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +50,7 @@ def run_config(npz, **changes):
 class TestDeployed:
     def test_takes_everything_from_its_node(self, node):
         node.config.update({"name": "ward 3", "data-set-name": "patients", "num-records": 50, "num-classes": 3})
-        node.policy.write_text(node.policy.read_text().replace(json.dumps(node.config["dataset"]), "patients"))
+        node.write_policy()
         found = site(node.config, {}, 1)
         assert (found.name, found.data_set, found.num_records, found.num_classes) == ("ward 3", "patients", 50, 3)
         assert (found.ledger, found.target) == (node.ledger, Target(8.0, 1e-5))
