@@ -135,11 +135,13 @@ def default_model(dataset_name: str) -> str:
     >>> default_model("mnist"), default_model("npz:mine.npz")
     ('mnist-cnn', 'mlp')
     """
-    if dataset_name.startswith("npz:"):
+    if dataset_name.startswith(("npz:", "csv:", "images:")):
         return "mlp"
     if dataset_name not in _DEFAULTS:
         known = ", ".join(_DEFAULTS)
-        raise ConfigurationError(f"no default model for data set {dataset_name!r}: known are {known}, npz:PATH")
+        raise ConfigurationError(
+            f"no default model for data set {dataset_name!r}: known are {known}, npz:PATH, csv:PATH, images:PATH"
+        )
     return _DEFAULTS[dataset_name]
 
 
