@@ -124,7 +124,7 @@ def _read_images(folder: Path) -> Pair:
 
 
 def _read_image(file: Path) -> NDArray[np.uint8]:
-    """Read an image as grey [1, H, W] or coloured [3, H, W] bytes: which, depends on its format, never on its pixels."""
+    """Read bytes, grey [1, H, W] or coloured [3, H, W]: which of them depends on the format, never on pixels."""
     from PIL import Image  # noqa: PLC0415 - not needed by other clients
 
     try:

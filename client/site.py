@@ -112,7 +112,7 @@ def site(node_config: Mapping[str, Value], run_config: Mapping[str, Value], flow
     """
     if is_simulated(node_config):
         return _simulated(parse(run_config), flower_run, node_config)
-    _check_node(node_config)
+    check_node(node_config)
     limits = load(Path(str(node_config["policy"])).expanduser()).of(data_set_name(node_config))
     return _deployed(tuple(sorted(node_config.items())), limits)
 
@@ -205,7 +205,12 @@ def _deployed(settings: tuple[tuple[str, Value], ...], limits: Limits) -> Site:
     )
 
 
-def _check_node(node_config: Mapping[str, Value]) -> None:
+def check_node(node_config: Mapping[str, Value]) -> None:
+    """Check the configuration of a node that owns records, and report all problems at once.
+
+    Raises:
+        ConfigurationError: If a setting is unknown, missing or cannot be used.
+    """
     unknown = (key for key in node_config if key not in _NODE_SETTINGS)
     problems = [f"{key}: {_MOVED.get(key, 'there is no such setting')}" for key in unknown]
     for key, setting in _NODE_SETTINGS.items():

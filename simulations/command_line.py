@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
-from simulations import ledger_commands, node_commands, policy_commands
+from simulations import doctor_commands, ledger_commands, node_commands, policy_commands
 from simulations.failure import failed
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.add_typer(policy_commands.app, name="policy")
 app.add_typer(ledger_commands.app, name="ledger")
 node_commands.register(app)
+doctor_commands.register(app)
 
 _SIMULATE = """Run a whole federation on this machine: the real clients and the real server, one ledger a client.
 
