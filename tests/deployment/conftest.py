@@ -16,6 +16,7 @@ import flwr
 import numpy as np
 import pytest
 
+from adadpigu_core.accounting import Event, epsilon, merge
 from adadpigu_core.configuration import Configuration, flatten
 from adadpigu_core.ledger import Target
 from adadpigu_core.provenance import code_fingerprint
@@ -221,8 +222,9 @@ class Federation:
         return self.sites[name]
 
     def start_node(self, name, *, key=None, authority="ca", **changes):
-        """Start a SuperNode as its guide says."""
+        """Start a SuperNode as the guide says."""
         site = self.site(name)
+        (site.folder / "node.log").touch()
         config = {"dataset": f"npz:{site.data}", "ledger": str(site.ledger), "policy": str(site.policy)}
         config |= {"data-set-name": "records", "name": name, **changes}
         text = " ".join(f'{entry}="{value}"' for entry, value in config.items())
@@ -235,6 +237,20 @@ class Federation:
             self.folder / "empty",
         )
         return site
+
+    def tally(self, output):
+        """Rounds and epsilon of each client in what a run has written, and its warnings."""
+        clients = json.loads((output / "privacy.json").read_text())["clients"]
+        return {entry["id"]: entry for entry in clients}
+
+    def check_tally(self, output):
+        """The tally is what the ledgers say, to the last digit."""
+        for name, entry in self.tally(output).items():
+            with contextlib.closing(sqlite3.connect(self.sites[name].ledger)) as connection:
+                query = "SELECT phase, noise_multiplier, sampling_probability, count FROM charges"
+                events = merge(Event(*row) for row in connection.execute(query))
+            assert merge(Event(**event) for event in entry["events"]) == events
+            assert entry["epsilon"] == epsilon(events, entry["delta"])
 
     def submit(self, output, app=None, **changes):
         """Start a run; gives its id."""
@@ -285,6 +301,16 @@ CERTIFICATE = {"ca-cert": "ca.crt", "cert": "server.pem", "key": "server.key"}
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory, certificates):
     """A SuperLink and two nodes that it knows."""
+    yield from started(tmp_path_factory, certificates)
+
+
+@pytest.fixture
+def fragile(tmp_path_factory, certificates):
+    """Another, to be broken by one test."""
+    yield from started(tmp_path_factory, certificates)
+
+
+def started(tmp_path_factory, certificates):
     federation = Federation(tmp_path_factory.mktemp("federation"), certificates)
     try:
         federation.start_link()

@@ -1,5 +1,7 @@
 """The whole way: certificates, keys, policies, nodes, a run, and what the ledgers say of it."""
 
+import shutil
+
 import pytest
 
 from adadpigu_core.configuration import Configuration, flatten
@@ -16,8 +18,8 @@ def test_a_run_over_tls_and_keys(federation, tmp_path):
     for client in result["clients"]:
         charges = federation.sites[client["id"]].charges()
         assert [row[0] for row in charges] == [1, 2, 3]
-        assert sum(event["count"] for event in client["events"]) == 3
         assert client["warnings"] == []
+    federation.check_tally(output)
 
 
 def test_code_from_the_network_is_not_run(federation, tmp_path):
@@ -28,8 +30,42 @@ def test_code_from_the_network_is_not_run(federation, tmp_path):
     hostile.write_text(f"open({str(mark)!r}, 'w').close()\n" + hostile.read_text())
     before = {name: site.charges() for name, site in federation.sites.items()}
     run_id = federation.submit(tmp_path / "run", app)
-    federation.until(lambda: federation.status(run_id).startswith("finished"), 120, pause=3)
+    federation.until(lambda: federation.status(run_id).startswith("finished"), 180, pause=3)
     assert federation.status(run_id) == "finished:failed"
     assert all("install the same release on both" in site.output for site in federation.sites.values())
     assert not mark.exists()
     assert {name: site.charges() for name, site in federation.sites.items()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "authority", "text"),
+    [
+        ("unregistered", "stranger", "ca", "denied"),
+        ("misled", "stranger", "other", "certificate verify failed"),
+    ],
+)
+def test_who_does_not_belong_is_turned_away(federation, name, key, authority, text):
+    site = federation.start_node(name, key=key, authority=authority)
+    federation.until(lambda: text in site.output.lower() or site.program.process.poll() is not None, 90)
+    assert text in site.output.lower()
+    assert not site.ledger.exists()
+    site.program.kill()
+    del federation.sites[name]
+
+
+@pytest.mark.long
+def test_a_backup_that_was_put_back(fragile, tmp_path):
+    """In the middle of a run; the server says so, the client refuses, and its operator makes up for it."""
+    output = tmp_path / "run"
+    site = fragile.sites["node0"]
+    changes = {"federation.num-rounds": 8, "federation.round-timeout": 60.0}
+    fragile.submit(output, **changes)
+    fragile.until(lambda: len(site.charges()) == 1, 240)
+    shutil.copy(site.ledger, tmp_path / "backup.sqlite")
+    fragile.until(lambda: len(site.charges()) >= 3 and (output / "metrics.jsonl").read_text().count("\n") >= 3, 240)
+    shutil.copy(tmp_path / "backup.sqlite", site.ledger)
+    fragile.until(lambda: "was a backup restored?" in site.output, 120)
+    result = fragile.await_result(output, 600)
+    assert "node0" in [client["id"] for client in result["clients"]]
+    assert any("refused" in line for line in (output / "metrics.jsonl").read_text().splitlines())
+    assert len(site.charges()) < 8

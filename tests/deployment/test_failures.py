@@ -1,0 +1,128 @@
+"""Programs are killed in the middle of a run; it goes on, and the tally is what the ledgers say."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from simulations import process_tree
+
+pytestmark = [pytest.mark.slow]
+ROUNDS = 4
+
+
+def rounds_done(output):
+    path = output / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_superlink_and_server_die_and_the_run_is_resumed(fragile, tmp_path):
+    """The checkpoint is in the run folder: a new run with the same folder goes on where the old one was."""
+    output = tmp_path / "run"
+    changes = {"federation.num-rounds": ROUNDS}
+    fragile.submit(output, **changes)
+    fragile.until(lambda: rounds_done(output) >= 1, 240)
+    fragile.until(lambda: len(fragile.sites["node0"].charges()) > rounds_done(output), 60)  # inside a round
+    fragile.link.kill()
+    done = rounds_done(output)
+    assert done < ROUNDS
+    fragile.start_link()
+    fragile.submit(output, **changes)
+    result = fragile.await_result(output, 400)
+    assert result["rounds"] == ROUNDS
+    for name, site in fragile.sites.items():
+        charges = site.charges()
+        assert [row[0] for row in charges] == [*range(1, ROUNDS + 1)], name
+    fragile.check_tally(output)
+
+
+@pytest.mark.long
+def test_a_supernode_dies_for_good(fragile, tmp_path):
+    output = tmp_path / "run"
+    fragile.submit(output, **{"federation.num-rounds": ROUNDS, "federation.round-timeout": 90.0})
+    fragile.until(lambda: rounds_done(output) >= 1, 240)
+    fragile.sites["node1"].program.kill()
+    result = fragile.await_result(output, 600)
+    assert result["rounds"] == ROUNDS
+    assert len(fragile.sites["node0"].charges()) == ROUNDS
+    assert len(fragile.sites["node1"].charges()) < ROUNDS
+    known = sum(event["count"] for event in fragile.tally(output)["node1"]["events"])
+    assert known <= len(fragile.sites["node1"].charges())
+
+
+@pytest.mark.long
+def test_a_supernode_comes_back_at_once(fragile, tmp_path):
+    """Flower forgets the message that it was working on; the round's time-out ends the wait, and the node is back."""
+    output = tmp_path / "run"
+    fragile.submit(output, **{"federation.num-rounds": ROUNDS + 2, "federation.round-timeout": 60.0})
+    fragile.until(lambda: rounds_done(output) >= 1, 240)
+    fragile.sites["node1"].program.kill()
+    time.sleep(1)
+    fragile.until(lambda: restarted(fragile, "node1"), 180, pause=5)
+    fragile.await_result(output, 900)
+    numbers = [row[0] for row in fragile.sites["node1"].charges()]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] > 1
+    fragile.check_tally(output)
+
+
+def restarted(federation, name):
+    """Start a node again until it is let in: as long as its old heartbeat lasts, it is turned away."""
+    site = federation.sites[name]
+    if site.program.process.poll() is not None:
+        federation.start_node(name)
+        time.sleep(15)
+    return site.program.process.poll() is None
+
+
+@pytest.mark.long
+def test_a_client_process_is_killed_over_flower(fragile, tmp_path):
+    """Flower tells the server after a minute; the round goes on without it, and the next one with it."""
+    output = tmp_path / "run"
+    fragile.submit(output, **{"federation.num-rounds": ROUNDS})
+    fragile.until(lambda: rounds_done(output) >= 1, 240)
+    victim = wait_for_client(fragile, "node1")
+    os.kill(victim, signal.SIGKILL)
+    result = fragile.await_result(output, 600)
+    assert result["rounds"] == ROUNDS
+    numbers = [row[0] for row in fragile.sites["node1"].charges()]
+    assert numbers == sorted(set(numbers))
+    known = sum(event["count"] for event in fragile.tally(output)["node1"]["events"])
+    assert ROUNDS - 1 <= known <= len(numbers)
+
+
+def wait_for_client(federation, name):
+    """Process of the next message of a node."""
+    found = []
+
+    def running():
+        table = process_tree.descendants(federation.sites[name].program.process.pid)
+        found[:] = [pid for pid in table if b"flwr-clientapp" in command_line(pid)]
+        return bool(found)
+
+    federation.until(running, 120, pause=0.05)
+    return found[0]
+
+
+def command_line(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+@pytest.mark.long
+def test_a_slow_clients_late_reply_counts_in_the_tally(fragile, tmp_path):
+    output = tmp_path / "run"
+    fragile.submit(output, **{"federation.num-rounds": ROUNDS, "federation.round-timeout": 45.0})
+    fragile.until(lambda: rounds_done(output) >= 1, 240)
+    victim = wait_for_client(fragile, "node1")
+    os.kill(victim, signal.SIGSTOP)
+    now = rounds_done(output)
+    fragile.until(lambda: rounds_done(output) > now, 120)
+    os.kill(victim, signal.SIGCONT)
+    result = fragile.await_result(output, 400)
+    assert result["rounds"] == ROUNDS
+    fragile.check_tally(output)
