@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
 PROGRAMS = Path(__file__).parent / "programs"
+SOCKET_VARIABLE = "ADADPIGU_WARM_SOCKET"
 _RUNTIME = "flwr.supernode.runtime.run_clientapp"
 _SETTINGS = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -1,7 +1,10 @@
 """``adadpigu supernode``: a Flower SuperNode that runs this node's own code only."""
 
 import os
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import typer
 
@@ -26,10 +29,14 @@ def register(app: typer.Typer) -> None:
 
 def supernode(context: typer.Context) -> None:
     """Become a SuperNode."""
-    from client.launcher import environment
+    from client.launcher import SOCKET_VARIABLE, environment
 
     sys.stdout.flush()
     inner = environment(os.environ)
+    if hasattr(os, "fork"):
+        # the folder is left behind, empty, when the node ends: nobody is there any more to remove it
+        inner[SOCKET_VARIABLE] = str(Path(tempfile.mkdtemp(prefix="adadpigu-")) / "socket")
+        subprocess.Popen([sys.executable, "-m", "client.warm", str(os.getpid())], env=inner, stdin=subprocess.DEVNULL)
     try:
         os.execvpe("flower-supernode", ["flower-supernode", *context.args], inner)  # noqa: S606, S607 - PATH is ours
     except FileNotFoundError as error:

@@ -40,7 +40,7 @@ def test_code_from_the_network_is_not_run(federation, tmp_path):
 @pytest.mark.parametrize(
     ("name", "key", "authority", "text"),
     [
-        ("unregistered", "stranger", "ca", "denied"),
+        ("unregistered", "stranger", "ca", "failed to activate supernode"),
         ("misled", "stranger", "other", "certificate verify failed"),
     ],
 )
