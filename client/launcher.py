@@ -11,12 +11,15 @@ Should a release of Flower not have these functions, the node stops instead of r
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from adadpigu_core.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -31,10 +34,25 @@ _SETTINGS = {
 }
 
 
-def environment(outer: Mapping[str, str]) -> dict[str, str]:
-    """Environment in which Flower finds our program before its own, and installs nothing."""
-    path = [str(PROGRAMS), str(Path(sys.executable).parent), outer.get("PATH", os.defpath)]
-    return {**outer, **_SETTINGS, "PATH": os.pathsep.join(path)}
+def environment(outer: Mapping[str, str], programs: Path = PROGRAMS) -> dict[str, str]:
+    """Environment in which Flower finds our program before its own, and installs nothing.
+
+    Args:
+        outer: The environment to start from.
+        programs: Folder of our program.
+
+    Raises:
+        ConfigurationError: If the program cannot be executed. Flower's own would be found in its place, and run
+            whatever the network sends.
+    """
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), outer.get("PATH", os.defpath)])
+    ours = programs / "flwr-clientapp"
+    if shutil.which(ours.name, path=path) != str(ours):
+        raise ConfigurationError(
+            f"{ours}: cannot be executed, so that Flower would run code from the network; run chmod a+rx on it, and "
+            "see to it that its file system is not mounted noexec"
+        )
+    return {**outer, **_SETTINGS, "PATH": path}
 
 
 def guard(runtime: ModuleType) -> None:

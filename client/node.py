@@ -272,7 +272,7 @@ def _check_code(code: str, site: Site) -> None:
 
 def _model(spec: ModelSpec, layout_fingerprint: str, site: Site) -> tuple[nn.Module, ParameterLayout]:
     """Build the model and check that it, its layout and the records fit together."""
-    site.limits.check_model(spec.name, fingerprint(spec))  # before anything of it is imported
+    site.limits.check_model(spec.name, partial(fingerprint, spec))  # before anything of it is imported
     declared = site.num_classes
     # by the declared number, so that whether labels fit does not depend on what the server asks
     check_records(site.records, input_shape=spec.input_shape, num_classes=declared or spec.num_classes)

@@ -63,15 +63,25 @@ class Limits:
         allowed = self.code is None or code in self.code
         _require(allowed, f"the policy of this client does not allow the code {code}")
 
-    def check_model(self, name: str, fingerprint: str) -> None:
-        """Refuse a model that is not on the list; to be asked before anything of it is imported or built."""
+    def check_model(self, name: str, fingerprint: Callable[[], str]) -> None:
+        """Refuse a model that is not on the list; to be asked before anything of it is imported or built.
+
+        Privacy: what is installed here is nobody's business. The server hears the same whether a package is missing or
+        another than the one that is listed; the log has the fingerprint.
+        """
+        public = f"the policy of this client does not allow the model {name}"
+        own = ":" not in name
         if self.models is None:
-            allowed, remedy = self.factories or ":" not in name, "; one named by an import path must be listed"
-        else:
-            allowed, remedy = fingerprint in self.models, ""
-        _require(
-            allowed, f"the policy of this client does not allow the model {name} with fingerprint {fingerprint}{remedy}"
-        )
+            if not (own or self.factories):
+                raise PolicyError(f"{public}: list the fingerprint of a model that is named by an import path", public)
+            return
+        try:
+            found = fingerprint()
+        except ConfigurationError as error:
+            raise PolicyError(f"{public}: {error}", public) from error
+        if found not in self.models:
+            text = f"{public} with fingerprint {found}"
+            raise PolicyError(text, text if own else public)
 
     def check_sampling(self, probability: float) -> None:
         """Refuse a larger chance of a record to enter a step."""

@@ -32,7 +32,10 @@ def supernode(context: typer.Context) -> None:
     from client.launcher import SOCKET_VARIABLE, environment
 
     sys.stdout.flush()
-    inner = environment(os.environ)
+    try:
+        inner = environment(os.environ)
+    except ConfigurationError as error:
+        raise failed(error) from error
     if hasattr(os, "fork"):
         # the folder is left behind, empty, when the node ends: nobody is there any more to remove it
         inner[SOCKET_VARIABLE] = str(Path(tempfile.mkdtemp(prefix="adadpigu-")) / "socket")

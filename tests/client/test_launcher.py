@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from flwr.supernode.runtime import run_clientapp
 
+from adadpigu_core.exceptions import ConfigurationError
 from client import launcher
 from client.app import app
 
@@ -19,6 +20,15 @@ def test_flower_finds_our_program_before_its_own():
     assert found == str(launcher.PROGRAMS / "flwr-clientapp")
     assert inner["HOME"] == "/home/alice"
     assert inner["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+
+
+def test_without_our_program_no_node_is_started(tmp_path):
+    """Flower's own would be found in its place, and run what the network sends."""
+    (tmp_path / "flwr-clientapp").write_text("#!/bin/sh\n")
+    with pytest.raises(ConfigurationError, match=r"cannot be executed.* chmod"):
+        launcher.environment(os.environ, tmp_path)
+    (tmp_path / "flwr-clientapp").chmod(0o755)
+    launcher.environment(os.environ, tmp_path)
 
 
 def test_the_program_is_flowers_own_but_for_the_bundle():

@@ -131,15 +131,30 @@ class TestLimits:
             listed.check_code("0.1.0+ba9876543210")
 
     def test_any_model_is_any_of_this_package(self):
-        self.limits().check_model("mlp", "0" * 16)
-        with pytest.raises(PolicyError, match="named by an import path must be listed"):
-            self.limits().check_model("os:system", "0" * 16)
+        def never():
+            raise AssertionError("nothing of it may even be looked at")
+
+        self.limits().check_model("mlp", never)
+        with pytest.raises(PolicyError, match="named by an import path"):
+            self.limits().check_model("os:system", never)
 
     def test_a_list_of_models_allows_what_it_names(self):
         listed = self.limits(models=frozenset({"0" * 16}), factories=True)
-        listed.check_model("own.nets:wide", "0" * 16)
+        listed.check_model("own.nets:wide", lambda: "0" * 16)
         with pytest.raises(PolicyError, match=f"the model mlp with fingerprint {'1' * 16}"):
-            listed.check_model("mlp", "1" * 16)
+            listed.check_model("mlp", lambda: "1" * 16)
+
+    def test_what_is_installed_here_is_not_told(self):
+        def missing():
+            raise ConfigurationError("not installed", "not installed")
+
+        listed = self.limits(models=frozenset({"0" * 16}), factories=True)
+        texts = set()
+        for fingerprint in (missing, lambda: "1" * 16):
+            with pytest.raises(PolicyError) as caught:
+                listed.check_model("own.nets:wide", fingerprint)
+            texts.add(caught.value.public_message)
+        assert texts == {"the policy of this client does not allow the model own.nets:wide"}
 
     def test_noise_is_raised_and_never_lowered(self):
         plan = Plan(Event("pretraining", 0.7, 0.5, 1), Event("training", 3.0, 0.5, 2))
@@ -244,9 +259,11 @@ class TestOwnModel:
         assert isinstance(node.train(model=self.SPEC), TrainReply)
 
     @pytest.mark.parametrize("allowed", ["any", ["0" * 16]])
-    def test_is_not_imported_otherwise(self, node, package, allowed):
+    def test_is_not_imported_otherwise(self, node, package, allowed, caplog):
         node.allowed["models"] = allowed
-        assert models.fingerprint(self.SPEC) in refused(node.describe(model=self.SPEC, layout=""))
+        message = refused(node.describe(model=self.SPEC, layout=""))
+        assert message == "the policy of this client does not allow the model hospital_networks.nets:net"
+        assert (models.fingerprint(self.SPEC) in caplog.text) == (allowed != "any")
         assert not self.mark.exists()
 
     def test_other_source_is_another_model(self, node, package):
@@ -255,9 +272,10 @@ class TestOwnModel:
         assert "does not allow" in refused(node.describe(model=self.SPEC, layout=""))
         assert not self.mark.exists()
 
-    def test_one_that_is_not_installed(self, node):
-        reply = node.describe(model=ModelSpec("not_here.nets:net", "relu", "none", (4,), 3), layout="")
-        assert "the package not_here is not installed on this machine" in reply.message
+    def test_one_that_is_not_installed(self, node, caplog):
+        node.allowed["models"] = ["0" * 16]
+        refused(node.describe(model=ModelSpec("not_here.nets:net", "relu", "none", (4,), 3), layout=""))
+        assert "the package not_here is not installed on this machine" in caplog.text
 
     @pytest.mark.parametrize("name", ["sys:exit", "math:sin"])
     def test_compiled_code_has_no_fingerprint(self, name):
