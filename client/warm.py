@@ -5,8 +5,9 @@ keeps one process that has imported everything and does nothing; the program tha
 itself, which answers the message and ends. Each message still meets a process of its own: what is shared is imported
 code, never records, and the generator behind noise is the operating system's, which a copy cannot repeat.
 
-The one that is copied must not compute, because threads do not survive copying. Its folder is its user's alone. If it
-is not there, the program answers by itself. When the program is killed, so is the copy that works for it.
+The one that is copied must not compute, because threads do not survive copying; should an import have started one, it
+gives up. Its folder is its user's alone. If it is not there, the program answers by itself. When the program is killed,
+so is the copy that works for it.
 """
 
 import contextlib
@@ -41,6 +42,8 @@ def serve(path: Path, parent: int) -> None:
         import_module(name)
     # of the code that was imported: what lies on the disk may be upgraded under a running node
     import_module("adadpigu_core.provenance").code_fingerprint()
+    if len(os.listdir("/proc/self/task")) > 1:
+        sys.exit("adadpigu: an import has started threads; each message will start its process anew, which is slower")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the copies here
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))

@@ -36,7 +36,7 @@ def supernode(context: typer.Context) -> None:
         inner = environment(os.environ)
     except ConfigurationError as error:
         raise failed(error) from error
-    if hasattr(os, "fork"):
+    if sys.platform == "linux":
         # the folder is left behind, empty, when the node ends: nobody is there any more to remove it
         inner[SOCKET_VARIABLE] = str(Path(tempfile.mkdtemp(prefix="adadpigu-")) / "socket")
         subprocess.Popen([sys.executable, "-m", "client.warm", str(os.getpid())], env=inner, stdin=subprocess.DEVNULL)

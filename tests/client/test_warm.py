@@ -12,7 +12,7 @@ import pytest
 
 from client import launcher
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
 ROOT = Path(__file__).resolve().parents[2]
 # stands in for Flower's program: says what it was given, and waits if it is asked to
 PROBE = """
@@ -108,3 +108,15 @@ def test_it_goes_when_its_node_has_gone(tmp_path):
     command = [sys.executable, "-c", node, PROBE.replace('("torch",)', "()")]
     done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
     until(lambda: not alive(int(done.stdout)), 60)
+
+
+def test_it_gives_up_if_an_import_starts_threads(tmp_path):
+    (tmp_path / "threads.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
+    )
+    environment = {**launcher.environment(os.environ), launcher.SOCKET_VARIABLE: str(tmp_path / "socket")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", PROBE.replace('("torch",)', '("threads",)'), str(os.getpid())]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "an import has started threads" in done.stderr

@@ -221,8 +221,8 @@ class Federation:
             site.policy.write_text(template("records", Target(epsilon, 1e-5), code_fingerprint()))
         return self.sites[name]
 
-    def start_node(self, name, *, key=None, authority="ca", **changes):
-        """Start a SuperNode as the guide says."""
+    def start_node(self, name, *, key=None, authority="ca", plain=False, **changes):
+        """Start a SuperNode as the guide says, or as plain Flower does."""
         site = self.site(name)
         (site.folder / "node.log").touch()
         config = {"dataset": f"npz:{site.data}", "ledger": str(site.ledger), "policy": str(site.policy)}
@@ -230,8 +230,9 @@ class Federation:
         text = " ".join(f'{entry}="{value}"' for entry, value in config.items())
         options = ["--superlink", self.address, "--root-certificates", self.certificates / f"{authority}.crt"]
         options += ["--auth-supernode-private-key", self.certificates / (key or name), "--port", free_port()]
+        program = [self.flower("flower-supernode")] if plain else [BIN / "adadpigu", "supernode"]
         site.program = Program(
-            [BIN / "adadpigu", "supernode", *options, "--node-config", text],
+            [*program, *options, "--node-config", text],
             site.folder / "node.log",
             self.environment,
             self.folder / "empty",

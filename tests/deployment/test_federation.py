@@ -22,12 +22,17 @@ def test_a_run_over_tls_and_keys(federation, tmp_path):
     federation.check_tally(output)
 
 
-def test_code_from_the_network_is_not_run(federation, tmp_path):
-    """Whoever may start a run may send any bundle; what comes out of this one is that the code differs."""
-    app = write_app(tmp_path / "app", flatten(Configuration()))
-    mark = tmp_path / "ran"
+def hostile_app(folder):
+    """An app whose client leaves a mark when it is imported; gives the app and the mark."""
+    app, mark = write_app(folder / "app", flatten(Configuration())), folder / "ran"
     hostile = app / "client" / "app.py"
     hostile.write_text(f"open({str(mark)!r}, 'w').close()\n" + hostile.read_text())
+    return app, mark
+
+
+def test_code_from_the_network_is_not_run(federation, tmp_path):
+    """Whoever may start a run may send any bundle; what comes out of this one is that the code differs."""
+    app, mark = hostile_app(tmp_path)
     before = {name: site.charges() for name, site in federation.sites.items()}
     run_id = federation.submit(tmp_path / "run", app)
     federation.until(lambda: federation.status(run_id).startswith("finished"), 180, pause=3)
@@ -35,6 +40,17 @@ def test_code_from_the_network_is_not_run(federation, tmp_path):
     assert all("install the same release on both" in site.output for site in federation.sites.values())
     assert not mark.exists()
     assert {name: site.charges() for name, site in federation.sites.items()} == before
+
+
+@pytest.mark.long
+def test_a_plain_supernode_would_run_it(fragile, tmp_path):
+    """The control: with Flower's own SuperNode, the same bundle is run."""
+    app, mark = hostile_app(tmp_path)
+    fragile.sites["node0"].program.kill()
+    fragile.register("stranger")
+    fragile.start_node("plain", key="stranger", plain=True)
+    fragile.submit(tmp_path / "run", app)
+    fragile.until(mark.exists, 240)
 
 
 @pytest.mark.parametrize(
