@@ -40,7 +40,9 @@ def supernode(context: typer.Context) -> None:
         # the folder is left behind, empty, when the node ends: nobody is there any more to remove it
         inner[SOCKET_VARIABLE] = str(Path(tempfile.mkdtemp(prefix="adadpigu-")) / "socket")
         warm = {**inner, "OPENBLAS_NUM_THREADS": "1"}  # NumPy starts threads when it is imported; torch does not
-        subprocess.Popen([sys.executable, "-P", "-m", "client.warm", str(os.getpid())], env=warm, stdin=subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "client.warm", str(os.getpid())], env=warm, stdin=subprocess.DEVNULL
+        )
     try:
         os.execvpe("flower-supernode", ["flower-supernode", *context.args], inner)  # noqa: S606, S607 - PATH is ours
     except FileNotFoundError as error:
