@@ -18,7 +18,7 @@ The clipped sum has sensitivity C whatever a and b are, so a bad statistic can c
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -69,9 +69,9 @@ class AdaptiveClipping:
             raise ConfigurationError(f"adaptive-clipping.shrinkage: must be in [0, 1], got {self.shrinkage}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Standardisation:
-    """The transform of one step; any finite values are safe, as long as the scale is positive.
+    """The transform of one step; any finite values are safe, as long as the scale is positive. Tensors are not changed.
 
     Args:
         mask: Retained coordinates m, bool [d].
@@ -94,7 +94,12 @@ class Standardisation:
 
 
 class Statistics(Protocol):
-    """What private steps read before a step and learn after it."""
+    """What private steps read before a step and, if they ``learn``, learn after it."""
+
+    @property
+    def learn(self) -> bool:
+        """Whether a released gradient changes anything."""
+        ...
 
     def standardisation(self, mask: Tensor) -> Standardisation:
         """Give the transform for a mask, bool [d]."""
@@ -111,6 +116,7 @@ class FixedStatistics:
 
     mean: Tensor
     scale: Tensor
+    learn: ClassVar[bool] = False
 
     @classmethod
     def neutral(cls, num_parameters: int) -> "FixedStatistics":
@@ -118,12 +124,17 @@ class FixedStatistics:
         return cls(torch.zeros(num_parameters), torch.ones(num_parameters))
 
     def standardisation(self, mask: Tensor) -> Standardisation:
-        """Give the transform for a mask, bool [d]."""
-        return Standardisation(mask, self.mean, self.scale)
+        """Give the transform for a mask, bool [d]; the very same one while the mask is, for what is derived from it."""
+        return _fixed(mask, self.mean, self.scale)
 
     def updated(self, released_gradient: Tensor, noise_stddev: Tensor, mask: Tensor) -> "FixedStatistics":
         """Learn nothing."""
         return self
+
+
+@lru_cache(maxsize=2)
+def _fixed(mask: Tensor, mean: Tensor, scale: Tensor) -> Standardisation:
+    return Standardisation(mask, mean, scale)
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,7 @@ class RunningStatistics:
     moment: Tensor
     weight: Tensor
     variance: Tensor
+    learn: ClassVar[bool] = True
 
     @classmethod
     def neutral(cls, settings: AdaptiveClipping, layout: ParameterLayout) -> "RunningStatistics":

@@ -20,6 +20,7 @@ from adadpigu_core import datasets, factories, models
 from adadpigu_core.accounting import PlanShape
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.gradients import PRECISIONS, GradientOptions
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.masking import SCHEDULES
 from adadpigu_core.messages import MOST_STEPS, printable
@@ -30,6 +31,7 @@ RANKINGS = ("consensus", "local", "random")
 AGGREGATIONS = ("precision", "records", "uniform")
 PARTITIONS = ("iid", "dirichlet")
 OPTIMISERS = ("sgd", "adam")
+DEVICES = ("cpu", "cuda", "auto")
 _LARGEST_INTEGER = 2**63 - 1  # that Flower carries
 
 
@@ -141,6 +143,14 @@ class RuntimeSettings:
     workers: int = _setting(0, "worker processes of a simulation; 0: one a core", least=0)
     evaluate_every: int = _setting(1, "rounds between evaluations on public test data", least=1)
     output: str = _setting("", "run folder; empty: a new one under runs/")
+    device: str = _setting("cpu", "where simulated clients compute; auto: cuda if there is one", choices=DEVICES)
+    memory_limit: int = _setting(0, "MiB for one physical batch of a client; 0: automatic", least=0)
+    precision: str = _setting("float32", "of the layers' products; norms and sums are float32", choices=PRECISIONS)
+
+    @property
+    def gradient_options(self) -> GradientOptions:
+        """How clients compute gradients."""
+        return GradientOptions(self.memory_limit * 2**20 or None, self.precision)
 
 
 @dataclass(frozen=True)

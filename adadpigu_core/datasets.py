@@ -73,6 +73,10 @@ class Records:
         index = torch.from_numpy(chosen.astype(np.int64))
         return Records(self.features[index], self.labels[index])
 
+    def to(self, device: str) -> "Records":
+        """The same records on another device."""
+        return Records(self.features.to(device), self.labels.to(device))
+
     def fingerprint(self) -> str:
         """Hash the content: the same records in the same order give the same 64 hex digits everywhere.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adadpigu_core.adaptive_clipping import Standardisation, Statistics
 from adadpigu_core.datasets import Records
-from adadpigu_core.gradients import Loss
+from adadpigu_core.gradients import DEFAULTS, GradientOptions, Loss
 from adadpigu_core.importance import importance_of
 from adadpigu_core.parameters import assign, flatten
 from adadpigu_core.private_step import Charge, Mechanism, private_step
@@ -48,6 +48,7 @@ def train_round(
     learning_rate: float,
     importance_measure: str | None = None,
     guard: Callable[[Standardisation], None] | None = None,
+    options: GradientOptions = DEFAULTS,
 ) -> LocalUpdate:
     """Take private steps from the weights that the model holds; the model is left at the new weights.
 
@@ -65,15 +66,16 @@ def train_round(
         importance_measure: Score to accumulate, if any.
         guard: Looks at the weights in ``model`` and at mask, mean and scale before every step, and raises to stop: a
             large learning rate can lead to weights that nobody would have accepted.
+        options: How gradients are computed.
     """
-    start = flatten(model)
+    start = flatten(model).cpu()
     weights = start.clone()
     importance = torch.zeros_like(start) if importance_measure else None
     for _ in range(steps):
         if guard is not None:
             guard(statistics.standardisation(mask))
         release, statistics, _event = private_step(
-            model, loss, records, mechanism, mask, statistics, randomness, charge
+            model, loss, records, mechanism, mask, statistics, randomness, charge, options
         )
         weights -= learning_rate * release.gradient
         assign(model, weights)

@@ -10,21 +10,18 @@ from torch import Tensor
 from adadpigu_core.sampling import Randomness
 
 
-def add_gaussian_noise(total: Tensor, noise_stddev: float, mask: Tensor, randomness: Randomness) -> Tensor:
-    """Add independent noise N(0, noise_stddev^2) to every retained coordinate.
+def add_gaussian_noise(values: Tensor, noise_stddev: float, randomness: Randomness) -> Tensor:
+    """Add independent noise N(0, noise_stddev^2) to every value.
 
     Args:
-        total: Sum of clipped vectors, [d]; zero wherever the mask is False.
+        values: Retained coordinates of a sum of clipped vectors, [k].
         noise_stddev: Noise multiplier times clipping norm; 0 adds nothing.
-        mask: Retained coordinates, bool [d].
         randomness: Private source of the noise.
 
     Returns:
-        Noisy sum, float64 [d], exactly zero on coordinates that are not retained.
+        Noisy values, float64 [k].
     """
-    noisy = torch.zeros(total.shape, dtype=torch.float64)
-    retained = total[mask].double().cpu()
-    if noise_stddev > 0:
-        retained = retained + noise_stddev * torch.from_numpy(randomness.normal(retained.numel()))
-    noisy[mask.cpu()] = retained
-    return noisy
+    if not noise_stddev > 0:
+        return values.double()
+    noise = torch.from_numpy(randomness.normal(values.numel()))
+    return noise.mul_(noise_stddev).add_(values)

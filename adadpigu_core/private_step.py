@@ -13,19 +13,23 @@ release, new statistics and event then come out of one call, so that no release 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adadpigu_core.accounting import Event
-from adadpigu_core.adaptive_clipping import Statistics
+from adadpigu_core.adaptive_clipping import Standardisation, Statistics
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.gradients import Loss, clipped_sum
+from adadpigu_core.gradients import DEFAULTS, GradientOptions, Loss, clipped_sum
 from adadpigu_core.noise import add_gaussian_noise
-from adadpigu_core.sampling import Randomness, poisson_sample
+from adadpigu_core.sampling import Randomness, poisson_sample, seeded
 
 Charge = Callable[[Event], None]
+
+_CHUNK = 65_536  # coordinates
 
 
 @dataclass(frozen=True)
@@ -74,17 +78,25 @@ class Mechanism:
         return self.sum_noise_stddev / self.expected_batch_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Release:
     """What a private step lets out.
 
     Args:
         gradient: Noisy mean gradient ghat, float32 [d], exactly zero where the mask is False.
-        noise_stddev: Known standard deviation of its noise, float32 [d].
+        standardisation: Under which the noise was added.
+        standardised_noise_stddev: Standard deviation of the noise on the standardised mean gradient.
     """
 
     gradient: Tensor
-    noise_stddev: Tensor
+    standardisation: Standardisation
+    standardised_noise_stddev: float
+
+    @cached_property
+    def noise_stddev(self) -> Tensor:
+        """Known standard deviation of the noise in the gradient, float32 [d], zero where the mask is False."""
+        given = self.standardisation
+        return torch.where(given.mask, given.scale.double() * self.standardised_noise_stddev, 0.0).float()
 
 
 def private_step(
@@ -96,6 +108,7 @@ def private_step(
     statistics: Statistics,
     randomness: Randomness,
     charge: Charge,
+    options: GradientOptions = DEFAULTS,
 ) -> tuple[Release, Statistics, Event]:
     """Draw, clip, charge, noise and release once.
 
@@ -113,20 +126,28 @@ def private_step(
         statistics: Gradient mean and scale.
         randomness: Source of the sample and the noise.
         charge: Called with the event before any noise is drawn; raises to refuse.
+        options: How gradients are computed.
 
     Returns:
         The release, the statistics that have learnt from it, and the event.
     """
     standardisation = statistics.standardisation(mask)
     drawn = records.select(torch.from_numpy(poisson_sample(len(records), mechanism.sampling_probability, randomness)))
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reach the generators of every device, which are not restored
-        torch.default_generator.manual_seed(randomness.torch_seed())
-        total = clipped_sum(model, loss, drawn, standardisation, mechanism.clipping_norm).total
+    with seeded(randomness.torch_seed(), next(model.parameters()).device):
+        total = clipped_sum(model, loss, drawn, standardisation, mechanism.clipping_norm, options=options).total
     charge(mechanism.event)
-    noisy = add_gaussian_noise(total, mechanism.sum_noise_stddev, mask, randomness)
-    mean, scale = standardisation.mean.double(), standardisation.scale.double()
-    gradient = torch.where(mask, mean + scale * noisy / mechanism.expected_batch_size, 0.0).float()
-    noise_stddev = torch.where(mask, scale * mechanism.noise_stddev, 0.0).float()
-    release = Release(gradient, noise_stddev)
-    return release, statistics.updated(gradient, noise_stddev, mask), mechanism.event
+    release = _release(total, standardisation, mechanism, randomness)
+    if statistics.learn:
+        statistics = statistics.updated(release.gradient, release.noise_stddev, mask)
+    return release, statistics, mechanism.event
+
+
+def _release(total: Tensor, given: Standardisation, mechanism: Mechanism, randomness: Randomness) -> Release:
+    """Add the noise and map back, in place and inside the cache; frozen coordinates may have any mean and scale."""
+    for start in range(0, len(total), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        retained = torch.from_numpy(np.flatnonzero(given.mask[part].numpy()))
+        noisy = add_gaussian_noise(total[part][retained], mechanism.sum_noise_stddev, randomness)
+        noisy.mul_(given.scale[part][retained]).div_(mechanism.expected_batch_size).add_(given.mean[part][retained])
+        total[part].index_copy_(0, retained, noisy.float())
+    return Release(total, given, mechanism.noise_stddev)

@@ -14,7 +14,6 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from adadpigu_core.adaptive_clipping import (
 )
 from adadpigu_core.datasets import check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
-from adadpigu_core.gradients import check_rounding
+from adadpigu_core.gradients import check_gradients, check_rounding, cross_entropy
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
 from adadpigu_core.local_training import LocalUpdate, train_round
@@ -105,7 +104,9 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
     """
     _check_code(request.code, site)
     model, _ = _model(request.model, request.layout, site)
-    check_isolation(model, torch.rand(4, *request.model.input_shape, generator=torch.Generator().manual_seed(0)))
+    spec = request.model
+    check_isolation(model, torch.rand(4, *spec.input_shape, generator=torch.Generator().manual_seed(0)))
+    check_gradients(model, cross_entropy, spec.input_shape, spec.num_classes)
     if ledger.plan(request.run) is None:
         with _named_by_the_server():
             asked = _smaller(Target(request.target_epsilon, request.target_delta), site.target)
@@ -122,7 +123,7 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
     plan, target = _recorded(request.run, site, ledger)
     return Description(
         name=site.name,
-        device="cpu",
+        device=site.device,
         data_set=ledger.id,
         num_records=site.num_records,
         target_epsilon=target.epsilon,
@@ -163,7 +164,7 @@ def _release(
 ) -> tuple[TrainReply, bytes]:
     update = train_round(
         work.model,
-        F.cross_entropy,
+        cross_entropy,
         site.records,
         work.mechanism,
         work.mask,
@@ -174,6 +175,7 @@ def _release(
         learning_rate=request.learning_rate,
         importance_measure=request.importance_measure or None,
         guard=work.guard if request.steps > 1 else None,
+        options=site.options,
     )
     reply = TrainReply(
         run=request.run,
@@ -228,7 +230,7 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
         )
     statistics = _statistics(request, memory, layout)
     spec = request.model
-    guard = partial(check_rounding, model, F.cross_entropy, spec.input_shape, spec.num_classes)
+    guard = partial(check_rounding, model, cross_entropy, spec.input_shape, spec.num_classes)
     guard(statistics.standardisation(mask))
     return _Work(model, mechanism, mask, statistics, target, stored, guard)
 
@@ -281,7 +283,7 @@ def _model(spec: ModelSpec, layout_fingerprint: str, site: Site) -> tuple[nn.Mod
         "model.num-classes",
         f"this client declares {declared} classes, the task has {spec.num_classes}",
     )
-    model = build(spec, seed=0)
+    model = build(spec, seed=0).to(site.device)
     check_private(model)
     layout = ParameterLayout.of(model)
     require(

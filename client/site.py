@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from adadpigu_core import datasets
-from adadpigu_core.configuration import Configuration, Value, parse, run_folder
+from adadpigu_core.configuration import DEVICES, Configuration, RuntimeSettings, Value, parse, run_folder
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.gradients import DEFAULTS, PRECISIONS, GradientOptions
 from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
 from client.partitions import partition
@@ -52,6 +53,9 @@ _NODE_SETTINGS = {
     ),
     "num-records": _NodeSetting((int,), lambda number: number >= 1, "must be at least 1"),
     "num-classes": _NodeSetting((int,), lambda number: number >= 2, "must be at least 2"),
+    "device": _NodeSetting((str,), DEVICES.__contains__, f"must be one of {', '.join(DEVICES)}"),
+    "memory-limit": _NodeSetting((int,), lambda number: number >= 0, "must be at least 0 (MiB; 0: automatic)"),
+    "precision": _NodeSetting((str,), PRECISIONS.__contains__, f"must be one of {', '.join(PRECISIONS)}"),
 }
 _MOVED = {
     "target-epsilon": "the budget of a data set stands in the node's policy, and nowhere else",
@@ -75,6 +79,8 @@ class Site:
         num_classes: Declared number of classes; None = the labels themselves decide whether they fit a task, and a
             server that asks for tasks with more and more classes finds out the largest label.
         simulation_key: Seed of repeatable randomness; None = secret randomness.
+        options: How gradients are computed on this machine.
+        device: Where: ``cpu`` or ``cuda``. The records lie there already.
     """
 
     name: str
@@ -86,6 +92,8 @@ class Site:
     num_records: int
     num_classes: int | None
     simulation_key: tuple[int, ...] | None
+    options: GradientOptions = DEFAULTS
+    device: str = "cpu"
 
     @property
     def target(self) -> Target:
@@ -141,7 +149,8 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
     federation, privacy = configuration.federation, configuration.privacy
     dataset = configuration.task.dataset
     deal = (federation.partition, federation.dirichlet_alpha, federation.partition_seed)
-    records, content = _share(dataset, index, count, deal)
+    device = available_device(configuration.runtime.device)
+    records, content = _share(dataset, index, count, deal, device)
     folder = (
         Path(privacy.ledger_dir).expanduser()
         if privacy.ledger_dir
@@ -160,6 +169,8 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
         num_records=len(records),
         num_classes=_data_set(dataset).num_classes,
         simulation_key=(configuration.seed, index) if seeded else None,
+        options=configuration.runtime.gradient_options,
+        device=device,
     )
 
 
@@ -169,10 +180,10 @@ def _data_set(name: str) -> datasets.DataSet:
 
 
 @lru_cache(maxsize=1024)
-def _share(dataset: str, index: int, count: int, split: tuple[str, float, int]) -> tuple[Records, str]:
+def _share(dataset: str, index: int, count: int, split: tuple[str, float, int], device: str) -> tuple[Records, str]:
     shares = _split(dataset, count, split)
     records = _data_set(dataset).train.select(torch.from_numpy(shares[index]))
-    return records, records.fingerprint()
+    return records.to(device), records.fingerprint()
 
 
 @lru_cache(maxsize=4)
@@ -192,9 +203,15 @@ def _deployed(settings: tuple[tuple[str, Value], ...], limits: Limits) -> Site:
     node_config = dict(settings)
     records = datasets.load_records(str(node_config["dataset"]))
     classes = node_config.get("num-classes")
+    runtime = RuntimeSettings(
+        device=str(node_config.get("device", "auto")),
+        memory_limit=int(node_config.get("memory-limit", 0)),
+        precision=str(node_config.get("precision", "float32")),
+    )
+    device = available_device(runtime.device)
     return Site(
         name=str(node_config.get("name", "")),
-        records=records,
+        records=records.to(device),
         content=records.fingerprint(),
         data_set=data_set_name(node_config),
         ledger=Path(str(node_config["ledger"])).expanduser(),
@@ -202,7 +219,20 @@ def _deployed(settings: tuple[tuple[str, Value], ...], limits: Limits) -> Site:
         num_records=int(node_config.get("num-records", len(records))),
         num_classes=None if classes is None else int(classes),
         simulation_key=None,
+        options=runtime.gradient_options,
+        device=device,
     )
+
+
+def available_device(wanted: str) -> str:
+    """Turn ``auto`` into what is there.
+
+    Raises:
+        ConfigurationError: ``cuda`` is asked for and not there.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("device: this machine has no CUDA device that torch can use; set device to cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def check_node(node_config: Mapping[str, Value]) -> None:

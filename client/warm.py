@@ -25,8 +25,8 @@ from pathlib import Path
 from client.launcher import SOCKET_VARIABLE, main
 from client.programs import asking
 
-# What answering imports. A gradient imports torch._dynamo if it goes through torch.func.
-_IMPORTED = ("flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli", "client.app", "torch._dynamo")
+# What answering imports.
+_IMPORTED = ("flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli", "client.app")
 _TICK_SECONDS = 0.05
 _LOOK_SECONDS = 2.0
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
 from simulations import doctor_commands, ledger_commands, node_commands, policy_commands
+from simulations.benchmarks.command_line import app as benchmark
 from simulations.failure import failed
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(policy_commands.app, name="policy")
 app.add_typer(ledger_commands.app, name="ledger")
 node_commands.register(app)
 doctor_commands.register(app)
+app.add_typer(benchmark, name="benchmark")
 
 _SIMULATE = """Run a whole federation on this machine: the real clients and the real server, one ledger a client.
 

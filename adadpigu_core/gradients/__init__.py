@@ -1,6 +1,26 @@
 """Sums of clipped per-record gradients, behind one function."""
 
-from adadpigu_core.gradients.rounding import check_rounding
-from adadpigu_core.gradients.simple import ClippedSum, Loss, clipped_sum
+from adadpigu_core.gradients.clipping import (
+    DEFAULTS,
+    PRECISIONS,
+    Augmentation,
+    ClippedSum,
+    GradientOptions,
+    Loss,
+    cross_entropy,
+)
+from adadpigu_core.gradients.engine import clipped_sum
+from adadpigu_core.gradients.guards import check_gradients, check_rounding
 
-__all__ = ["ClippedSum", "Loss", "check_rounding", "clipped_sum"]
+__all__ = [
+    "DEFAULTS",
+    "PRECISIONS",
+    "Augmentation",
+    "ClippedSum",
+    "GradientOptions",
+    "Loss",
+    "check_gradients",
+    "check_rounding",
+    "clipped_sum",
+    "cross_entropy",
+]

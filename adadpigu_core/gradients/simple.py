@@ -5,7 +5,6 @@ added up, and then forgotten. This is exact for every model that torch can vecto
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,47 +12,27 @@ from torch.func import functional_call, grad, vmap
 
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
+from adadpigu_core.gradients.clipping import Augmentation, ClippedSum, Loss, clipping_factors, losses_of
 from adadpigu_core.parameters import ParameterLayout
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-# Rounding must not let a record contribute more than the clipping norm: norms are computed in float64 from the very
-# float32 values that are summed, and enlarged by this much before they decide.
-_MARGIN = 1e-6
 _CHUNK_COORDINATES = 4_000_000
 
 
-@dataclass(frozen=True)
-class ClippedSum:
-    """Sum over records of clipped standardised gradients: private, to be noised before anyone sees it.
-
-    Args:
-        total: Float64 [d], exactly zero where the mask is False.
-        norms: Standardised norm of each record before clipping, float64 [n]; diagnostics, never released.
-    """
-
-    total: Tensor
-    norms: Tensor
-
-
 def clipped_sum(
-    model: nn.Module, loss: Loss, records: Records, standardisation: Standardisation, clipping_norm: float
+    model: nn.Module,
+    loss: Loss,
+    records: Records,
+    standardisation: Standardisation,
+    clipping_norm: float,
+    *,
+    augmentation: Augmentation | None = None,
 ) -> ClippedSum:
     """Sum min(1, C / ||u_i||) u_i over records, with u_i = m (g_i - a) / b.
 
-    Privacy:
-        Adding or removing one record changes ``total`` by a vector of norm at most ``clipping_norm``. A record whose
-        gradient is not finite contributes zero. The result itself is not private.
-
-    Args:
-        model: Any model without a layer that mixes records.
-        loss: Loss of one record from its outputs [1, classes] and labels [1].
-        records: Any number of records, also none.
-        standardisation: Mask, mean and scale, each [d].
-        clipping_norm: Largest norm C of a contribution; may be infinite.
+    Arguments, result and guarantee are those of `adadpigu_core.gradients.clipped_sum`.
     """
     d = ParameterLayout.of(model).num_parameters
-    gradients_of = record_gradients(model, loss)
+    gradients_of = record_gradients(model, loss, augmentation)
     total = torch.zeros(d, dtype=torch.float64)
     norms = []
     chunk = max(1, min(64, _CHUNK_COORDINATES // d))
@@ -62,24 +41,27 @@ def clipped_sum(
         contribution, chunk_norms = _clip(gradients_of(piece), standardisation, clipping_norm)
         total += contribution
         norms.append(chunk_norms)
-    return ClippedSum(total, torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64))
+    return ClippedSum(total.float(), torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64))
 
 
-def record_gradients(model: nn.Module, loss: Loss) -> Callable[[Records], Tensor]:
+def record_gradients(
+    model: nn.Module, loss: Loss, augmentation: Augmentation | None = None
+) -> Callable[[Records], Tensor]:
     """Make a function from records [n] to their gradients, float32 [n, d], each as if it were alone."""
     layout = ParameterLayout.of(model)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     constants = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     constants.update(model.named_buffers())
 
-    def record_loss(trained: dict[str, Tensor], features: Tensor, label: Tensor) -> Tensor:
-        outputs = functional_call(model, {**trained, **constants}, (features.unsqueeze(0),))
-        return loss(outputs, label.unsqueeze(0))
+    def record_loss(trained: dict[str, Tensor], views: Tensor, label: Tensor) -> Tensor:
+        outputs = functional_call(model, {**trained, **constants}, (views,))
+        return losses_of(loss, outputs, label.expand(len(views))).mean()
 
     gradients_of = vmap(grad(record_loss), in_dims=(None, 0, 0), randomness="different")
 
     def gradients(records: Records) -> Tensor:
-        named = gradients_of(parameters, records.features, records.labels)
+        views = records.features.unsqueeze(1) if augmentation is None else augmentation(records.features)
+        named = gradients_of(parameters, views, records.labels)
         return torch.cat([named[name].flatten(1) for name in layout.names], dim=1)
 
     return gradients
@@ -96,7 +78,6 @@ def _clip(gradients: Tensor, standardisation: Standardisation, clipping_norm: fl
     """Standardise, clip and add up the gradients of a chunk, [chunk, d]."""
     standardised = standardise(gradients, standardisation)
     norms = torch.linalg.vector_norm(standardised, dim=1, dtype=torch.float64)
-    finite = torch.isfinite(norms)
-    factors = torch.where(finite, (clipping_norm / (norms * (1 + _MARGIN))).clamp(max=1.0), 0.0)
-    standardised = torch.where(finite.unsqueeze(1), standardised, 0.0)
+    factors = clipping_factors(norms, clipping_norm)
+    standardised = torch.where(torch.isfinite(norms).unsqueeze(1), standardised, 0.0)
     return factors @ standardised.double(), norms

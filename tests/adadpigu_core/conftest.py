@@ -18,6 +18,7 @@ from adadpigu_core import local_training
 from adadpigu_core.accounting import TRAINING, Event
 from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation, Statistics
 from adadpigu_core.datasets import Records
+from adadpigu_core.gradients import cross_entropy
 from adadpigu_core.ledger import Ledger, Round, Target
 from adadpigu_core.local_training import LocalUpdate
 from adadpigu_core.parameters import ParameterLayout
@@ -115,7 +116,7 @@ def _step(
     d = ParameterLayout.of(model).num_parameters
     mask = torch.ones(d, dtype=torch.bool) if mask is None else mask
     statistics = statistics or FixedStatistics.neutral(d)
-    return private_step(model, F.cross_entropy, records, chosen, mask, statistics, randomness, charge)
+    return private_step(model, cross_entropy, records, chosen, mask, statistics, randomness, charge)
 
 
 def _train(
@@ -135,7 +136,7 @@ def _train(
     mechanism = mechanism or _mechanism(len(records))
     options = {"steps": 1, "learning_rate": 1.0, **options}
     return local_training.train_round(
-        model, F.cross_entropy, records, mechanism, mask, statistics, SeededRandomness(3), charge, **options
+        model, cross_entropy, records, mechanism, mask, statistics, SeededRandomness(3), charge, **options
     )
 
 

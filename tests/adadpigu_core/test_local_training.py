@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from adadpigu_core.accounting import Event
 from adadpigu_core.adaptive_clipping import AdaptiveClipping, FixedStatistics, RunningStatistics
 from adadpigu_core.exceptions import BudgetError, ConfigurationError
+from adadpigu_core.gradients import cross_entropy
 from adadpigu_core.importance import importance_of
 from adadpigu_core.local_training import train_round
 from adadpigu_core.parameters import ParameterLayout, assign, flatten
@@ -38,7 +38,7 @@ def train(
 ):
     statistics = statistics or FixedStatistics.neutral(D)
     options = {"steps": 1, "learning_rate": 0.5, **options}
-    return train_round(model, F.cross_entropy, records, mechanism, mask, statistics, randomness, charge, **options)
+    return train_round(model, cross_entropy, records, mechanism, mask, statistics, randomness, charge, **options)
 
 
 def loop(model, records, randomness, steps, *, mask=EVERYTHING, statistics=None):
@@ -47,7 +47,7 @@ def loop(model, records, randomness, steps, *, mask=EVERYTHING, statistics=None)
     releases = []
     for _ in range(steps):
         release, statistics, _ = private_step(
-            model, F.cross_entropy, records, MECHANISM, mask, statistics, randomness, accept
+            model, cross_entropy, records, MECHANISM, mask, statistics, randomness, accept
         )
         assign(model, flatten(model) - 0.5 * release.gradient)
         releases.append(release)

@@ -131,6 +131,8 @@ def test_statistics_learn_from_the_release_and_from_nothing_else(
     seen = []
 
     class Spy:
+        learn = True
+
         def standardisation(self, wanted):
             assert wanted is mask
             return Standardisation(mask, torch.zeros(53), torch.full((53,), 2.0))

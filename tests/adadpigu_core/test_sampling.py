@@ -111,10 +111,31 @@ def test_system_randomness_does_not_repeat():
 @pytest.mark.parametrize("byte", [0x00, 0xFF], ids=["smallest", "largest"])
 def test_system_randomness_is_in_range_at_its_ends(monkeypatch, byte):
     monkeypatch.setattr(os, "urandom", lambda size: bytes([byte]) * size)
+    monkeypatch.setattr(
+        SystemRandomness, "_bits", staticmethod(lambda size: np.frombuffer(bytes([byte]) * 8 * size, dtype=np.uint64))
+    )
     randomness = SystemRandomness()
     assert randomness.uniform(3).tolist() == [0.0 if byte == 0 else 1 - 2.0**-53] * 3
     assert np.isfinite(randomness.normal(4)).all()
     assert 0 <= randomness.torch_seed() < 2**63
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 32_767, 32_768, 32_769, 70_001])
+def test_system_randomness_draws_as_many_as_were_asked_for(size):
+    values = SystemRandomness().normal(size)
+    assert values.shape == (size,)
+    assert len(set(values.tolist())) == size
+
+
+def test_every_call_has_a_key_of_its_own(monkeypatch):
+    """The key comes from the operating system at each call, so that a forked process repeats nothing."""
+    keys, real = [], os.urandom
+    monkeypatch.setattr(os, "urandom", lambda size: keys.append(real(size)) or keys[-1])
+    randomness = SystemRandomness()
+    draws = [randomness.normal(4), randomness.uniform(4), randomness.normal(4)]
+    assert [len(key) for key in keys] == [32] * 3
+    assert len(set(keys)) == 3
+    assert not np.array_equal(draws[0], draws[2])
 
 
 def test_system_randomness_uses_all_53_bits():

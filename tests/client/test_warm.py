@@ -21,6 +21,9 @@ import client.warm, client.launcher
 
 def main():
     print("out", *sys.argv[1:], flush=True)
+    if "draw" in sys.argv:
+        from adadpigu_core.sampling import SystemRandomness
+        print(*SystemRandomness().normal(2), flush=True)
     print("err", "torch" in sys.modules, file=sys.stderr, flush=True)
     if "wait" in sys.argv:
         open(sys.argv[-1], "w").write(str(os.getpid()))
@@ -28,7 +31,7 @@ def main():
     sys.exit(3)
 
 client.warm.main = main
-client.warm._IMPORTED = ("torch",)
+client.warm._IMPORTED = ("torch", "adadpigu_core.sampling")
 client.warm.serve(client.warm.Path(os.environ["ADADPIGU_WARM_SOCKET"]), int(sys.argv[1]))
 """
 
@@ -71,6 +74,11 @@ def test_a_copy_does_the_work(environment):
         assert (process.returncode, output, errors) == (3, "out --token a b\n", "err True\n")
 
 
+def test_copies_do_not_share_their_noise(environment):
+    draws = {program(environment, "draw").communicate(timeout=60)[0].splitlines()[1] for _ in range(4)}
+    assert len(draws) == 4
+
+
 def test_a_copy_ends_with_the_program(environment, tmp_path):
     mark = tmp_path / "pid"
     process = program(environment, "wait", str(mark))
@@ -105,7 +113,7 @@ def test_it_goes_when_its_node_has_gone(tmp_path):
         "import os, subprocess, sys; "
         "print(subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())], stdout=subprocess.DEVNULL).pid)"
     )
-    command = [sys.executable, "-c", node, PROBE.replace('("torch",)', "()")]
+    command = [sys.executable, "-c", node, PROBE]
     done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
     until(lambda: not alive(int(done.stdout)), 60)
 
@@ -116,7 +124,7 @@ def test_it_gives_up_if_an_import_starts_threads(tmp_path):
     )
     environment = {**launcher.environment(os.environ), launcher.SOCKET_VARIABLE: str(tmp_path / "socket")}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", PROBE.replace('("torch",)', '("threads",)'), str(os.getpid())]
+    command = [sys.executable, "-c", PROBE.replace('("torch", ', '("threads", '), str(os.getpid())]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "an import has started threads" in done.stderr

@@ -16,8 +16,7 @@ import sqlite3
 import sys
 from contextlib import closing
 
-import torch
-import torch._dynamo  # with all other imports, once for all children
+import torch  # with all other imports, once for all children
 
 import client.node
 

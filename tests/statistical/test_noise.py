@@ -9,12 +9,12 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
 from adadpigu_core.adaptive_clipping import FixedStatistics
 from adadpigu_core.datasets import Records
+from adadpigu_core.gradients import cross_entropy
 from adadpigu_core.private_step import Mechanism, private_step
 from adadpigu_core.sampling import SeededRandomness, SystemRandomness
 
@@ -51,7 +51,7 @@ def records():
 
 def release(model, records, noise_multiplier, randomness):
     mechanism = Mechanism("training", CLIPPING_NORM, noise_multiplier, 1.0, COUNT)
-    arguments = (F.cross_entropy, records, mechanism, MASK, STATISTICS, randomness, lambda _: None)
+    arguments = (cross_entropy, records, mechanism, MASK, STATISTICS, randomness, lambda _: None)
     return private_step(model, *arguments)[0]
 
 

@@ -2,13 +2,12 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import MessageError
-from adadpigu_core.gradients import check_rounding, clipped_sum
+from adadpigu_core.gradients import check_rounding, clipped_sum, cross_entropy
 from adadpigu_core.local_training import train_round
 from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.private_step import Mechanism
@@ -43,12 +42,12 @@ def test_rounding_in_a_chaotic_model_breaks_the_bound_and_is_refused():
     moves = []
     for x, y in zip(features, labels, strict=True):
         one, two = (
-            clipped_sum(model, F.cross_entropy, Records(x[:n], y[:n]), standardisation, 1.0).total for n in (1, 2)
+            clipped_sum(model, cross_entropy, Records(x[:n], y[:n]), standardisation, 1.0).total for n in (1, 2)
         )
         moves.append(float((two - one).norm()))
     assert max(moves) > 1.1  # without this the guard would have nothing to guard against
     with pytest.raises(MessageError, match="rounding"):
-        check_rounding(model, F.cross_entropy, (32,), 5, standardisation)
+        check_rounding(model, cross_entropy, (32,), 5, standardisation)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,14 +61,14 @@ def test_ordinary_models_pass_the_check_of_rounding(make_model, make_records, ki
     half = Standardisation(torch.arange(d) % 2 == 0, torch.zeros(d), torch.ones(d))
     shape = tuple(make_records(kind, 1).features.shape[1:])
     for standardisation in (Standardisation.identity(d), half):
-        check_rounding(model, F.cross_entropy, shape, 3, standardisation)
+        check_rounding(model, cross_entropy, shape, 3, standardisation)
 
 
 def test_the_check_of_rounding_changes_neither_the_model_nor_the_generator(make_model, make_records):
     model = make_model("mlp")
     before, state = flatten(model), torch.random.get_rng_state()
     shape = tuple(make_records("mlp", 1).features.shape[1:])
-    check_rounding(model, F.cross_entropy, shape, 3, Standardisation.identity(len(before)))
+    check_rounding(model, cross_entropy, shape, 3, Standardisation.identity(len(before)))
     assert torch.equal(flatten(model), before)
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -84,7 +83,7 @@ def test_a_step_into_chaos_is_the_last():
     def train(learning_rate):
         return train_round(
             model,
-            F.cross_entropy,
+            cross_entropy,
             records,
             Mechanism("training", 1.0, 1.0, 1.0, len(records)),
             torch.ones(d, dtype=torch.bool),
@@ -93,7 +92,7 @@ def test_a_step_into_chaos_is_the_last():
             charged.append,
             steps=2,
             learning_rate=learning_rate,
-            guard=partial(check_rounding, model, F.cross_entropy, (32,), 5),
+            guard=partial(check_rounding, model, cross_entropy, (32,), 5),
         )
 
     train(1e-3)

@@ -1,0 +1,142 @@
+"""From the uses of a parameter to norms, and from factors to the sum.
+
+The cost of a block of P coordinates for one record: its gradient takes T P multiplications for T positions, as the
+ordinary weight gradient that it replaces, and as many again for the sum unless it is kept. To keep it means to write
+and to read P numbers, which takes as long as some 50 multiplications of each. So
+
+* a short cut to the norms is taken wherever a use has one, since it needs less than P for each record;
+* a gradient is kept if that takes no more memory than inputs and output gradients, which then are forgotten, or if
+  there are many positions and enough memory;
+* otherwise inputs and output gradients stay, and the sum is one product at the end.
+
+Gradients are made a few records at a time, so that they are standardised, squared and summed inside the cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adadpigu_core.gradients.transform import Block
+from adadpigu_core.gradients.uses import UNDERFLOW, UNIT, Dense, Factors, Product, SquaredNorms, Use
+
+_MANY_POSITIONS = 48
+
+
+class Workspace:
+    """Memory for gradients that are kept, used again by one physical batch after the other.
+
+    Args:
+        floats: How many may be kept.
+        num_records: Of the largest physical batch.
+        device: Of the model.
+    """
+
+    def __init__(self, floats: int, num_records: int, device: torch.device) -> None:
+        self._floats = floats
+        self._num_records = num_records
+        self._device = device
+        self._kept: dict[int, Tensor] = {}
+
+    def take(self, start: int, count: int, size: int, *, always: bool) -> Tensor | None:
+        """Give room for the gradients of a block, float32 [count, size], if there is any."""
+        if start not in self._kept:
+            if not always and self._num_records * size > self._floats:
+                return None
+            if not always:
+                self._floats -= self._num_records * size
+            self._kept[start] = torch.empty(self._num_records, size, device=self._device)
+        return self._kept[start][:count]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A block whose norms are known.
+
+    Args:
+        start: Its first coordinate.
+        block: Its standardisation.
+        squared_norms: Of all records.
+        kept: g_i - a, [n, P] in the order of the use; None if there was no room.
+        use: What to make the sum from, and what knows the order of ``kept``.
+    """
+
+    start: int
+    block: Block
+    squared_norms: SquaredNorms
+    kept: Tensor | None
+    use: Use
+
+    @property
+    def stop(self) -> int:
+        """Behind its last coordinate."""
+        return self.start + self.block.inverse_scale.numel()
+
+    def add(self, factors: Factors, total: Tensor) -> None:
+        """Add the sum of c_i (g_i - a) to the coordinates of the block in ``total``, float32 [d]."""
+        shape = tuple(self.block.inverse_scale.shape)
+        target = total[self.start : self.stop].view(shape)
+        if self.kept is not None:
+            target += self.use.restored(factors.values @ factors.clean(self.kept), shape)
+            return
+        self.use.add_weighted_sum(factors, target)
+        if self.block.mean is not None:
+            target -= factors.values.sum() * self.block.mean
+
+
+def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) -> Finished:
+    """Compute the norms of a block.
+
+    Args:
+        start: First coordinate of the block.
+        block: Its standardisation.
+        uses: All uses of the block by the same records.
+        workspace: Where gradients may be kept.
+    """
+    use = _one(uses, tuple(block.inverse_scale.shape))
+    short = use.squared_norms(block)
+    if short is not None:
+        return Finished(start, block, short, None, use)
+    count, size = use.num_records, block.inverse_scale.numel()
+    small = size <= use.held
+    kept = workspace.take(start, count, size, always=small) if small or use.positions >= _MANY_POSITIONS else None
+    values = _squared_norms(use, block, kept)
+    doubt: Tensor | float = size * UNDERFLOW
+    if kept is not None:
+        use.forget()
+    else:
+        # the sum adds up the positions in another order than the norm did
+        doubt = doubt + 2 * use.positions * UNIT * values
+    return Finished(start, block, SquaredNorms(values, doubt), kept, use)
+
+
+def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
+    """Squared norms through gradients, float64 [n]; g_i - a is written to ``kept``, [n, P]."""
+    inverse_scale = use.arranged(block.inverse_scale)
+    mean = None if block.mean is None else use.arranged(block.mean)
+    device = inverse_scale.device
+    values = torch.empty(use.num_records, dtype=torch.float64, device=device)
+    chunk = use.chunk(len(inverse_scale)) if device.type == "cpu" else use.num_records
+    for first in range(0, use.num_records, chunk):
+        last = min(first + chunk, use.num_records)
+        gradients = use.gradients(first, last)
+        if mean is not None:
+            gradients = gradients - mean
+        if kept is not None:
+            kept[first:last] = gradients
+        values[first:last] = (gradients * inverse_scale).square_().sum(1)
+    return values
+
+
+def _one(uses: Sequence[Use], shape: tuple[int, ...]) -> Use:
+    """Put the uses of a parameter together: gradients add up before they are squared."""
+    if len(uses) == 1:
+        return uses[0]
+    products = [use for use in uses if type(use) is Product]
+    if len(products) == len(uses):
+        return Product.joined(products)
+    total, *others = (use.restored(use.gradients(0, use.num_records), shape) for use in uses)
+    for gradients in others:
+        total = total + gradients
+    return Dense(total)

@@ -1,0 +1,255 @@
+"""Sums of clipped standardised gradients, without the gradients of single records.
+
+With u_i = m (g_i - a) / b, the sum of u_i min(1, C / ||u_i||) needs one squared norm ||u_i||^2 a record and one
+weighted sum. One forward and one backward pass over a physical batch give, layer by layer, inputs and output gradients
+(`recorder`); from these follow the norms and then the sum (`blocks`). Ordinary weight gradients are never computed, and
+parameters without retained coordinates cost nothing.
+
+Physical batches bound memory. A record's factor depends on that record alone, so that how a batch is divided makes no
+difference but in rounding.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from adadpigu_core.adaptive_clipping import Standardisation
+from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import ModelError
+from adadpigu_core.gradients import layers as _rules  # noqa: F401  # registers them
+from adadpigu_core.gradients.blocks import Finished, Workspace, finish
+from adadpigu_core.gradients.clipping import (
+    DEFAULTS,
+    Augmentation,
+    ClippedSum,
+    GradientOptions,
+    Loss,
+    clipping_factors,
+    losses_of,
+)
+from adadpigu_core.gradients.generic import Copies
+from adadpigu_core.gradients.recorder import Recorder, Tracked
+from adadpigu_core.gradients.survey import Survey, survey
+from adadpigu_core.gradients.transform import Transform
+from adadpigu_core.gradients.uses import Factors, Use
+from adadpigu_core.parameters import ParameterLayout
+
+# A sum may be made by another kernel than its norm: the rounding errors of the two differ by this much of the gradient,
+# which is the standardised gradient and the mean, at most.
+_KERNELS = 1e-6
+_CPU_MEMORY = 128 * 2**20
+
+
+def clipped_sum(
+    model: nn.Module,
+    loss: Loss,
+    records: Records,
+    standardisation: Standardisation,
+    clipping_norm: float,
+    *,
+    options: GradientOptions = DEFAULTS,
+    augmentation: Augmentation | None = None,
+) -> ClippedSum:
+    """Sum min(1, C / ||u_i||) u_i over records, with u_i = m (g_i - a) / b.
+
+    Privacy:
+        Adding or removing one record changes ``total`` by a vector of norm at most ``clipping_norm``. A record whose
+        gradient is not finite, or so large that its square is not, contributes zero. The result itself is not private.
+
+    Args:
+        model: Any model without a layer that mixes records. It is left as it is.
+        loss: Losses of records.
+        records: Any number of records, also none.
+        standardisation: Mask, mean and scale, each [d].
+        clipping_norm: Largest norm C of a contribution; may be infinite.
+        options: How it is computed.
+        augmentation: Random views of a record; its gradient is the mean over them.
+
+    Raises:
+        ModelError: The model or the loss has a part whose records cannot be told apart; the text names it.
+        MessageError: Mean or scale is out of range where the mask is True.
+    """
+    layout = ParameterLayout.of(model)
+    device = next(model.parameters()).device
+    transform = Transform.of(standardisation, device)
+    found = survey(model, records, augmentation)
+    batches = _physical_batches(len(records), found, options, device)
+    total = torch.zeros(layout.num_parameters, device=device)
+    norms = [torch.zeros(0, dtype=torch.float64, device=device)]
+    with _exact(model, layout, transform) as active:
+        largest = max((stop - start for start, stop in batches), default=0)
+        workspace = Workspace(_memory(options, device) // 2 // 4, largest, device)
+        task = _Task(model, loss, active, transform, clipping_norm, found, options, augmentation, workspace)
+        for start, stop in batches:
+            features, labels = (
+                values[start:stop].to(device, non_blocking=True) for values in (records.features, records.labels)
+            )
+            norms.append(_Pass(task).run(features, labels, total))
+    total *= transform.inverse_scale
+    if not _finite(total):  # where the mask is False, sums of huge gradients may have left the range of float32
+        total.masked_fill_(transform.inverse_scale == 0, 0.0)
+    return ClippedSum(total.cpu(), torch.cat(norms).cpu())
+
+
+def _finite(values: Tensor) -> bool:
+    return values.device.type == "cpu" and all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values))
+
+
+def _physical_batches(
+    count: int, found: Survey, options: GradientOptions, device: torch.device
+) -> list[tuple[int, int]]:
+    """Divide records into batches of nearly equal size; activations take half of the memory, kept gradients half."""
+    number = math.ceil(count / max(1, _memory(options, device) // 2 // found.bytes_per_record))
+    bounds = [i * count // number for i in range(number + 1)] if count else []
+    return list(pairwise(bounds))
+
+
+def _memory(options: GradientOptions, device: torch.device) -> int:
+    """Bytes for one physical batch: by default what caches like, or a share of what an accelerator has free."""
+    if options.memory_limit is not None:
+        return options.memory_limit
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CPU_MEMORY
+
+
+Active = dict[str, tuple[Tensor, int]]
+
+
+@contextmanager
+def _exact(model: nn.Module, layout: ParameterLayout, transform: Transform) -> Iterator[Active]:
+    """Switch off what would blur norms, and the gradients of parameters without retained coordinates."""
+    named = dict(model.named_parameters())
+    active: Active = {}
+    start = 0
+    frozen, gradients = [], []
+    for name, size in zip(layout.names, layout.sizes, strict=True):
+        if transform.retains(start, size):
+            active[name] = (named[name], start)
+            gradients.append((named[name], named[name].grad))
+        else:
+            frozen.append(named[name])
+        start += size
+    precision = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for parameter, _ in gradients:
+            parameter.grad = None
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
+            yield active
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all physical batches have in common."""
+
+    model: nn.Module
+    loss: Loss
+    active: Active
+    transform: Transform
+    clipping_norm: float
+    found: Survey
+    options: GradientOptions
+    augmentation: Augmentation | None
+    workspace: Workspace
+
+
+class _Pass:
+    """One forward and one backward pass over a physical batch."""
+
+    def __init__(self, task: _Task) -> None:
+        self._task = task
+        self._done: list[Finished] = []
+
+    def run(self, features: Tensor, labels: Tensor, total: Tensor) -> Tensor:
+        """Add the sum of c_i (g_i - a) over some records to ``total`` and return their norms, float64 [n]."""
+        task = self._task
+        views = features.unsqueeze(1) if task.augmentation is None else task.augmentation(features)
+        recorder = Recorder(task.active, len(labels), views.shape[1], self._finish)
+        copies = Copies(task.model, task.found.without_rule, recorder)
+        with torch.enable_grad():
+            losses = self._losses(views, labels, recorder, copies)
+            if losses.requires_grad:
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            copies.collect()
+            for tracked, uses in recorder.rest():
+                self._finish(tracked, uses)
+            self._check_strays()
+            norms, factors = self._factors(len(labels))
+            self._add(factors, total)
+        return norms
+
+    def _losses(self, views: Tensor, labels: Tensor, recorder: Recorder, copies: Copies) -> Tensor:
+        """Mean loss over the views of each record, [n]."""
+        count, per_record = views.shape[:2]
+        rows = views.flatten(0, 1)
+        if rows.dim() == 4:
+            rows = rows.contiguous(memory_format=torch.channels_last)
+        with copies.in_place(), recorder:
+            outputs = self._outputs(rows)
+        losses = losses_of(self._task.loss, outputs, labels.repeat_interleave(per_record))
+        return losses.view(count, per_record).mean(1)
+
+    def _outputs(self, rows: Tensor) -> Tensor:
+        model = self._task.model
+        if self._task.options.precision == "float32":
+            return model(rows)  # type: ignore[no-any-return]
+        with torch.autocast(rows.device.type, torch.bfloat16):
+            return model(rows).float()  # type: ignore[no-any-return]
+
+    def _finish(self, tracked: Tracked, uses: list[Use]) -> None:
+        block = self._task.transform.block(tracked.start, tuple(tracked.value.shape))
+        self._done.append(finish(tracked.start, block, uses, self._task.workspace))
+
+    def _check_strays(self) -> None:
+        """A parameter with an ordinary gradient was used where the recorder cannot see it."""
+        for name, (parameter, _) in self._task.active.items():
+            if parameter.grad is not None:
+                text = f"parameter {name} is used in code that torch does not show, such as torch.jit; rewrite it"
+                raise ModelError(text, text)
+
+    def _factors(self, count: int) -> tuple[Tensor, Factors]:
+        """Norms, float64 [n], and what follows from them."""
+        transform = self._task.transform
+        squares = torch.zeros(count, dtype=torch.float64, device=transform.inverse_scale.device)
+        doubt = torch.zeros_like(squares)
+        for finished in self._done:
+            squares += finished.squared_norms.values
+            doubt += finished.squared_norms.doubt
+        mean_norm: Tensor | float = 0.0
+        if transform.standardised_mean is not None:
+            squares += transform.standardised_mean.double()[self._untouched()].square().sum()
+            mean_norm = torch.linalg.vector_norm(transform.standardised_mean, dtype=torch.float64)
+        norms = squares.sqrt()
+        slack = (squares + doubt).sqrt() - norms + _KERNELS * mean_norm
+        values = clipping_factors(norms, self._task.clipping_norm, slack).float()
+        broken = ~torch.isfinite(norms)
+        if broken.device.type == "cpu" and not bool(broken.any()):
+            return norms, Factors(values, None)
+        return norms, Factors(values, broken)
+
+    def _add(self, factors: Factors, total: Tensor) -> None:
+        for finished in self._done:
+            finished.add(factors, total)
+        if self._task.transform.mean is not None:
+            total -= factors.values.sum() * self._task.transform.mean * self._untouched()
+
+    def _untouched(self) -> Tensor:
+        """Coordinates without gradient, whose standardised value is -a / b for every record; bool [d]."""
+        untouched = torch.ones_like(self._task.transform.inverse_scale, dtype=torch.bool)
+        for finished in self._done:
+            untouched[finished.start : finished.stop] = False
+        return untouched

@@ -1,0 +1,117 @@
+"""Guards against weights and models under which clipping does not bound what a record contributes.
+
+A clipped sum has sensitivity C only if a record's gradient does not depend on the records that are computed beside it.
+In exact arithmetic it does not; in float32 its last bits do, since kernels sum in an order that depends on the size of
+a batch. A server that sends chaotic weights, or a mask and a scale that leave nothing but last bits, can blow these
+bits up until other records' contributions move by more than the noise hides.
+
+So before anything is charged, the standardised gradients of made-up records, which are public, are computed twice: with
+the weights as they are, and with weights that differ in their last bits. If the two point in different directions, the
+request is refused. This is a test by samples and not a proof; one record at a time would be one, and cost many times
+the training.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from adadpigu_core.adaptive_clipping import Standardisation
+from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import MessageError, ModelError
+from adadpigu_core.gradients.clipping import Loss, losses_of
+from adadpigu_core.gradients.engine import clipped_sum
+from adadpigu_core.parameters import ParameterLayout
+
+_PROBES = 3
+_LAST_BITS = 2.0**-22  # relative to a weight: four times its rounding error
+_LARGEST_DISAGREEMENT = 1e-4  # networks in ordinary training are at 1e-6, chaotic ones above 1e-3
+_TOLERANCE = 1e-3
+
+
+def check_rounding(
+    model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int, standardisation: Standardisation
+) -> None:
+    """Refuse a model, mask and scale under which gradients are made of rounding errors.
+
+    Args:
+        model: Current weights.
+        loss: Losses of records.
+        input_shape: Shape of the features of one record.
+        num_classes: Labels are 0 ... num_classes - 1.
+        standardisation: Mask, mean and scale, each [d].
+
+    Raises:
+        MessageError: If the gradients of most made-up records change with the last bits of the weights.
+    """
+    if disagreement(model, loss, input_shape, num_classes, standardisation) > _LARGEST_DISAGREEMENT:
+        text = "weights: under these weights, mask and scale gradients consist of rounding errors; nothing is released"
+        raise MessageError(text, text)
+
+
+def disagreement(
+    model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int, standardisation: Standardisation
+) -> float:
+    """Median distance of the directions of gradients under weights that differ in their last bits; at most 2."""
+    generator = torch.Generator().manual_seed(0)
+    records = _made_up(_PROBES, input_shape, num_classes, generator)
+    nearby = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in nearby.parameters():
+            signs = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
+            parameter.mul_(1 + _LAST_BITS * signs.to(parameter.device))
+    change = _directions(model, loss, records, standardisation) - _directions(nearby, loss, records, standardisation)
+    # a single kink of an activation may flip honestly: most probes decide
+    return float(torch.linalg.vector_norm(change, dim=1).median())
+
+
+def check_gradients(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int) -> None:
+    """Compare the engine's gradients of made-up records with ordinary ones, on a copy of the model.
+
+    Privacy: a rule that is wrong for this model would break the bound silently. Both the sum, for completeness, and
+    the gradient of each record beside others, for isolation, must be right.
+
+    Raises:
+        ModelError: They differ, or the engine has to refuse the model.
+    """
+    copied = copy.deepcopy(model).eval()  # without dropout, so that two passes agree
+    records = _made_up(_PROBES, input_shape, num_classes, torch.Generator().manual_seed(0))
+    identity = Standardisation.identity(ParameterLayout.of(copied).num_parameters)
+    expected = torch.stack([_gradient(copied, loss, records.select([i])) for i in range(len(records))])
+    found = clipped_sum(copied, loss, records, identity, float("inf"))
+    wrong = (found.total - expected.sum(0)).norm() > _TOLERANCE * expected.norm() or not torch.allclose(
+        found.norms, expected.double().norm(dim=1), rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.norm())
+    )
+    if wrong or not bool(torch.isfinite(expected).all()):
+        text = f"{type(model).__name__}: gradients of single records are not what ordinary ones add up to"
+        raise ModelError(text, text)
+
+
+def _made_up(count: int, input_shape: tuple[int, ...], num_classes: int, generator: torch.Generator) -> Records:
+    features = torch.rand(count, *input_shape, generator=generator)
+    return Records(features, torch.randint(num_classes, (count,), generator=generator))
+
+
+def _directions(model: nn.Module, loss: Loss, records: Records, given: Standardisation) -> Tensor:
+    """Unit standardised gradients, float64 [n, d]; zero where a gradient is zero or not finite."""
+    rows = []
+    for number in range(len(records)):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(number)
+            gradient = _gradient(model, loss, records.select([number]))
+        rows.append(torch.where(given.mask, (gradient - given.mean) / given.scale, 0.0).double())
+    standardised = torch.stack(rows)
+    norms = torch.linalg.vector_norm(standardised, dim=1, keepdim=True)
+    usable = torch.isfinite(norms) & (norms > 0)
+    return torch.where(usable, standardised / torch.where(usable, norms, 1.0), 0.0)
+
+
+def _gradient(model: nn.Module, loss: Loss, record: Records) -> Tensor:
+    """The ordinary gradient of one record, float32 [d]."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    with torch.enable_grad():
+        value = losses_of(loss, model(record.features.to(device)), record.labels.to(device)).sum()
+        found = torch.autograd.grad(value, parameters, allow_unused=True) if value.requires_grad else ()
+    pairs = zip(parameters, found or [None] * len(parameters), strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs]).cpu()

@@ -1,0 +1,119 @@
+"""What an engine has to know of a model before it runs on records: what has no rule, how much memory a record takes.
+
+The model runs on made-up records, two and then three of them. A layer that is applied to something else than one row a
+record shows itself, since no other dimension can have both sizes; without this, a batch that happens to have as many
+records as a sentence has words would be clipped wrongly.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import ModelError
+from adadpigu_core.gradients.clipping import Augmentation
+from adadpigu_core.gradients.generic import Copies, owner
+from adadpigu_core.gradients.recorder import Recorder, UnsupportedUseError
+from adadpigu_core.models import check_private
+from adadpigu_core.parameters import ParameterLayout
+
+_BYTES = 4
+_COPIES_OF_ACTIVATIONS = 2  # inputs and outputs of layers, and as much again for gradients
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found.
+
+    Args:
+        without_rule: Paths of modules that are called with copies of their parameters.
+        bytes_per_record: Estimate of what one record takes in a physical batch.
+    """
+
+    without_rule: frozenset[str]
+    bytes_per_record: int
+
+
+_known: "WeakKeyDictionary[nn.Module, dict[Any, Survey]]" = WeakKeyDictionary()
+
+
+def survey(model: nn.Module, records: Records, augmentation: Augmentation | None = None) -> Survey:
+    """Look at a model once; what was found is remembered.
+
+    Args:
+        model: Any model.
+        records: For the shape of their features only.
+        augmentation: For the number of views.
+
+    Raises:
+        ModelError: The model mixes records, or one of its modules cannot be differentiated by record.
+    """
+    layout = ParameterLayout.of(model)
+    shape = tuple(records.features.shape[1:])
+    training = tuple(module.training for module in model.modules())
+    key = (layout, shape, training, augmentation)
+    known = _known.setdefault(model, {})
+    if key not in known:
+        check_private(model)
+        known[key] = _look(model, layout, shape, augmentation)
+    return known[key]
+
+
+def _look(
+    model: nn.Module, layout: ParameterLayout, shape: tuple[int, ...], augmentation: Augmentation | None
+) -> Survey:
+    without_rule: frozenset[str] = frozenset()
+    activations = 0
+    for count in (2, 3):
+        while True:
+            try:
+                activations = _try(model, layout, torch.zeros(count, *shape), augmentation, without_rule)
+                break
+            except UnsupportedUseError as error:
+                without_rule = _with(model, without_rule, error)
+    copied = sum(
+        parameter.numel()
+        for path in without_rule
+        for parameter in model.get_submodule(path).parameters()
+        if parameter.requires_grad
+    )
+    floats = _COPIES_OF_ACTIVATIONS * activations // 3 + 3 * copied
+    return Survey(without_rule, max(1, _BYTES * floats))
+
+
+def _try(
+    model: nn.Module,
+    layout: ParameterLayout,
+    features: Tensor,
+    augmentation: Augmentation | None,
+    without_rule: frozenset[str],
+) -> int:
+    """Run a model on made-up records; give the number of floats that its layers hold."""
+    named = dict(model.named_parameters())
+    parameters, start = {}, 0
+    for name, size in zip(layout.names, layout.sizes, strict=True):
+        parameters[name] = (named[name], start)
+        start += size
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        views = features.to(device).unsqueeze(1) if augmentation is None else augmentation(features.to(device))
+        recorder = Recorder(parameters, len(features), views.shape[1], lambda *_: None)
+        with Copies(model, without_rule, recorder).in_place(), recorder:
+            model(views.flatten(0, 1))
+    return recorder.activations
+
+
+def _with(model: nn.Module, without_rule: frozenset[str], error: UnsupportedUseError) -> frozenset[str]:
+    """Add the owner of a parameter to the modules without rule, or a larger module if that was not enough."""
+    path = owner(model, error.parameter)
+    while path in without_rule:
+        if not path:
+            text = f"parameter {error.parameter} {error.reason}"
+            raise ModelError(text, text) from error
+        path = path.rpartition(".")[0]
+    inside = f"{path}." if path else ""
+    return frozenset(other for other in without_rule if not other.startswith(inside)) | {path}

@@ -1,0 +1,142 @@
+"""One training step by every method, ready to be called again and again.
+
+All private methods clip to the same norm and add the same noise. ``adadpigu`` is what a client does with a batch;
+``naive`` is the same sum from torch.func, one gradient a record. What needs Opacus is in ``opacus_steps``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+from adadpigu_core.accounting import TRAINING
+from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation, expand
+from adadpigu_core.datasets import Records
+from adadpigu_core.gradients import cross_entropy
+from adadpigu_core.gradients.simple import clipped_sum as simple_clipped_sum
+from adadpigu_core.masking import mask_of
+from adadpigu_core.parameters import ParameterLayout, assign, flatten
+from adadpigu_core.private_step import Mechanism, private_step
+from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
+from simulations.benchmarks.models import make_model, make_records
+from simulations.benchmarks.plan import ADADPIGU, GHOST, HOOKS, NAIVE, OPACUS, PLAIN, STANDARDISED, Layout, Task
+
+CLIPPING_NORM = 1.0
+NOISE_MULTIPLIER = 1.0
+LEARNING_RATE = 0.01
+
+# of every record's gradient at the same time; torch.func's are computed in pieces
+_COPIES = {HOOKS: 1, STANDARDISED: 2}
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network, its records and the standardisation of its gradients."""
+
+    model: nn.Module
+    records: Records
+    standardisation: Standardisation
+
+    @classmethod
+    def of(cls, task: Task, *, batch: int) -> "Trained":
+        """Make what a task names, on its device; mask and scale stay in host memory, as on a client."""
+        model, records = make_model(task.model), make_records(task.model, batch)
+        layout = ParameterLayout.of(model)
+        ranking = torch.randperm(layout.num_parameters, generator=torch.Generator().manual_seed(0))
+        scale = expand(torch.linspace(0.5, 1.5, len(layout.names)), layout, "layer")
+        standardisation = Standardisation(mask_of(ranking, task.retention), torch.zeros_like(scale), scale)
+        moved = Records(records.features.to(task.device), records.labels.to(task.device))
+        return cls(model.to(task.device), moved, standardisation)
+
+
+def kept_gb(task: Task) -> float:
+    """Estimate what the gradients of single records take that a method keeps, in GB."""
+    num_parameters = ParameterLayout.of(make_model(task.model)).num_parameters
+    return _COPIES.get(task.method, 0) * task.batch * num_parameters * 4 / 1e9
+
+
+def load(task: Task) -> None:
+    """Have libraries import what they import at their first use: tens of MB that are no method's memory."""
+    if task.method in OPACUS:
+        import_module("simulations.benchmarks.opacus_steps")
+    model, records = nn.Linear(1, 2), Records(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
+    standardisation = Standardisation.identity(4)
+    for make in (lambda trained: _plain(trained, Layout()), _naive):
+        make(Trained(model, records, standardisation))()
+
+
+def make_step(task: Task, trained: Trained) -> Step:
+    """Prepare the step of a task."""
+    if task.method in OPACUS:
+        from simulations.benchmarks import opacus_steps  # noqa: PLC0415 - only here is Opacus needed
+
+        makers = {HOOKS: opacus_steps.hooks, GHOST: opacus_steps.ghost, STANDARDISED: opacus_steps.hooks_standardised}
+        return makers[task.method](trained)
+    if task.method == PLAIN:
+        return _plain(trained, task.layout)
+    if task.method == NAIVE:
+        return _naive(trained)
+    return _private(trained, SeededRandomness(0) if task.method == ADADPIGU else SystemRandomness())
+
+
+def _plain(trained: Trained, layout: Layout) -> Step:
+    model, records = trained.model, trained.records
+    if layout.channels_last:
+        model.to(memory_format=torch.channels_last)
+        records = replace(records, features=records.features.contiguous(memory_format=torch.channels_last))
+    optimiser = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    size = layout.physical_batch or len(records)
+    batches = list(zip(torch.split(records.features, size), torch.split(records.labels, size), strict=True))
+
+    def step() -> None:
+        optimiser.zero_grad()
+        for features, labels in batches:
+            loss = cross_entropy(model(features), labels).sum() / len(records)
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+
+    return step
+
+
+def _private(trained: Trained, randomness: Randomness) -> Step:
+    """Make the step of a client; what its ledger writes is not in it."""
+    model, given = trained.model, trained.standardisation
+    mechanism = Mechanism(TRAINING, CLIPPING_NORM, NOISE_MULTIPLIER, 1.0, len(trained.records))
+    statistics = FixedStatistics(given.mean, given.scale)
+
+    def step() -> None:
+        release, _, _ = private_step(
+            model, cross_entropy, trained.records, mechanism, given.mask, statistics, randomness, lambda _: None
+        )
+        descend(model, release.gradient)
+
+    return step
+
+
+def _naive(trained: Trained) -> Step:
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        total = simple_clipped_sum(
+            trained.model, cross_entropy, trained.records, trained.standardisation, CLIPPING_NORM
+        ).total
+        descend(trained.model, noised_mean(total, trained.standardisation, len(trained.records), generator))
+
+    return step
+
+
+def noised_mean(total: Tensor, given: Standardisation, count: int, generator: torch.Generator) -> Tensor:
+    """Noise a sum of standardised gradients [d] and map it back: the end of a step in the plainest way."""
+    noise = torch.randn(len(total), generator=generator, dtype=total.dtype)
+    noisy = (total + NOISE_MULTIPLIER * CLIPPING_NORM * noise) / count
+    return torch.where(given.mask, given.mean + given.scale * noisy, 0.0).float()
+
+
+def descend(model: nn.Module, gradient: Tensor) -> None:
+    """Move the weights against a gradient [d]."""
+    weights = flatten(model)
+    assign(model, weights - LEARNING_RATE * gradient.to(weights.device))
