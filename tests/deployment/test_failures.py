@@ -61,7 +61,7 @@ def test_a_supernode_comes_back_at_once(fragile, tmp_path):
     fragile.sites["node1"].program.kill()
     before = len(fragile.sites["node1"].charges())
     time.sleep(1)
-    fragile.until(lambda: restarted(fragile, "node1"), 180, pause=5)
+    fragile.until(lambda: restarted(fragile, "node1"), 180, pause=2)
     fragile.await_result(output, 900)
     numbers = [row[0] for row in fragile.sites["node1"].charges()]
     assert numbers == sorted(set(numbers))
@@ -74,8 +74,7 @@ def restarted(federation, name):
     site = federation.sites[name]
     if site.program.process.poll() is not None:
         federation.start_node(name)
-        time.sleep(15)
-    return site.program.process.poll() is None
+    return site.output.count("SuperNode ID: ") > 1
 
 
 @pytest.mark.long
