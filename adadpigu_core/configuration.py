@@ -16,7 +16,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core import datasets, models
+from adadpigu_core import datasets, factories, models
 from adadpigu_core.accounting import PlanShape
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.exceptions import ConfigurationError
@@ -53,9 +53,9 @@ def _setting(
 class TaskSettings:
     """What is learnt."""
 
-    dataset: str = _setting("digits", "digits, mnist, fashion-mnist, cifar-10 or npz:PATH")
+    dataset: str = _setting("digits", "digits, mnist, fashion-mnist, cifar-10, npz:PATH, csv:PATH or images:PATH")
     model: str = _setting(
-        "auto", "auto (by data set), digits-cnn, mnist-cnn, cifar-cnn, mlp or linear", choices=("auto", *models.NAMES)
+        "auto", "auto (by data set), digits-cnn, mnist-cnn, cifar-cnn, mlp, linear or package.module:factory"
     )
     activation: str = _setting("relu", "activation of the networks", choices=tuple(models.ACTIVATIONS))
     normalisation: str = _setting("group", "normalisation after each convolution", choices=models.NORMALISATIONS)
@@ -290,8 +290,10 @@ def _range(limits: Mapping[str, Any]) -> str:
 
 def _contradictions(configuration: Configuration) -> Iterator[str]:
     task, federation = configuration.task, configuration.federation
-    if task.dataset not in datasets.NAMES and not task.dataset.startswith(datasets.NPZ_PREFIX):
-        yield f"task.dataset: {task.dataset!r} is none of {', '.join(datasets.NAMES)}, {datasets.NPZ_PREFIX}PATH"
+    if not datasets.is_name(task.dataset):
+        yield f"task.dataset: {task.dataset!r} is none of {datasets.CHOICES}"
+    if task.model not in ("auto", *models.NAMES) and not factories.is_factory(task.model):
+        yield f"task.model: {task.model!r} is none of auto, {', '.join(models.NAMES)}, package.module:factory"
     if federation.num_rounds * federation.local_steps > MOST_STEPS:
         yield f"federation.num-rounds: times federation.local-steps, these are more than {MOST_STEPS} steps"
     retention = configuration.retention

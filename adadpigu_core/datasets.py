@@ -7,6 +7,7 @@ type and shape alone, never on the values: scaling by a data set's own mean woul
     mnist, fashion-mnist    by torchvision, scaled to [0, 1]
     cifar-10                by torchvision, scaled to [0, 1], then (x - 0.5) / 0.25
     npz:PATH                the user's own arrays, see `_features` for what is done to them
+    csv:PATH, images:PATH   the user's own tables and images, see `own_files`; then as arrays
 
 Left out: augmentation, and data sets that do not fit into memory.
 """
@@ -24,12 +25,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adadpigu_core import own_files
 from adadpigu_core.exceptions import ConfigurationError, DataError
 
 NPZ_PREFIX = "npz:"
 DATA_DIR_VARIABLE = "ADADPIGU_DATA_DIR"
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar-10": "CIFAR10"}
 NAMES = ("digits", *_TORCHVISION)
+_PREFIXES = (NPZ_PREFIX, own_files.CSV_PREFIX, own_files.IMAGES_PREFIX)
+CHOICES = ", ".join((*NAMES, *(f"{prefix}PATH" for prefix in _PREFIXES)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +110,33 @@ class DataSet:
         return tuple(self.train.features.shape[1:])
 
 
+def is_name(name: str) -> bool:
+    """Whether a data set could be loaded by this name, as far as the name goes."""
+    return name in NAMES or is_own(name)
+
+
+def is_own(name: str) -> bool:
+    """Whether a name means files of the user's own."""
+    return name.startswith(_PREFIXES)
+
+
+def taken_apart(name: str) -> tuple[str, str]:
+    """Prefix and path of the user's own files; no prefix and the name itself of any other.
+
+    >>> taken_apart("csv:site.csv"), taken_apart("digits")
+    (('csv:', 'site.csv'), ('', 'digits'))
+    """
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    return prefix, name.removeprefix(prefix)
+
+
 def load(name: str, *, root: str | None = None) -> DataSet:
     """Load a data set by name.
 
     Args:
-        name: One of ``NAMES``, or ``npz:PATH`` with the keys x_train, y_train, x_test, y_test and, where the
-            labels do not show all classes, num_classes. A relative path starts at the current directory.
+        name: One of ``NAMES``, or ``npz:PATH`` with the keys x_train, y_train, x_test, y_test and, where the labels do
+            not show all classes, num_classes; csv: and images: are described in `own_files`. A relative path starts
+            at the current directory.
         root: Folder for torchvision's files; else the one in ADADPIGU_DATA_DIR, else ``~/.cache/adadpigu``.
 
     Raises:
@@ -122,8 +147,12 @@ def load(name: str, *, root: str | None = None) -> DataSet:
         path = _npz_path(name)
         with _naming(path):
             return _npz_data_set(path)
+    if own_files.is_own(name):
+        (x, y), (x_test, y_test) = (own_files.read_split(name, split) for split in ("train", "test"))
+        with _naming(name):
+            return _arrays_data_set({"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test})
     if name not in NAMES:
-        raise ConfigurationError(f"unknown data set {name!r}: choose {', '.join(NAMES)} or {NPZ_PREFIX}PATH")
+        raise ConfigurationError(f"unknown data set {name!r}: choose {CHOICES}")
     if name == "digits":
         return _digits()
     folder = root or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/adadpigu"
@@ -134,7 +163,8 @@ def load_records(source: str, *, root: str | None = None) -> Records:
     """Load training records only, which is all that a deployed client has.
 
     Args:
-        source: As in `load`; the file of ``npz:PATH`` needs the keys x_train and y_train, or x and y.
+        source: As in `load`; the file of ``npz:PATH`` needs the keys x_train and y_train, or x and y. ``csv:PATH`` may
+            be one file, ``images:PATH`` one folder of classes.
         root: As in `load`.
 
     Returns:
@@ -144,6 +174,10 @@ def load_records(source: str, *, root: str | None = None) -> Records:
         ConfigurationError: The name is unknown.
         DataError: The file is missing, damaged or lacks the keys.
     """
+    if own_files.is_own(source):
+        x, y = own_files.read_site(source)
+        with _naming(source):
+            return _npz_records({"x": x, "y": y})
     if not source.startswith(NPZ_PREFIX):
         return load(source, root=root).train
     path = _npz_path(source)
@@ -233,7 +267,11 @@ def _naming(place: object) -> Iterator[None]:
 
 def _npz_data_set(path: Path) -> DataSet:
     keys = ("x_train", "y_train", "x_test", "y_test")
-    arrays = _read_npz(path, (*keys, "num_classes"), keys)
+    return _arrays_data_set(_read_npz(path, (*keys, "num_classes"), keys))
+
+
+def _arrays_data_set(arrays: dict[str, NDArray[Any]]) -> DataSet:
+    keys = ("x_train", "y_train", "x_test", "y_test")
     train, test = (_npz_records({key: arrays[key] for key in pair}) for pair in (keys[:2], keys[2:]))
     shown = np.array(1 + max([*train.labels.tolist(), *test.labels.tolist()], default=0))
     declared = _whole_numbers("num_classes", arrays.get("num_classes", shown)).ravel().tolist()

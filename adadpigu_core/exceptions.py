@@ -7,6 +7,7 @@
     ├── MessageError          a message is malformed, of another version or out of order
     ├── LedgerError           the ledger cannot be trusted or written: stop
     ├── BudgetError           the privacy budget does not allow what was asked
+    ├── PolicyError           the owner of a node does not allow what was asked
     └── FederationError       a run cannot go on
 
 Every error carries a ``code``, a short word from a fixed list. A client sends the code to the server and keeps
@@ -64,6 +65,12 @@ class BudgetError(AdaDPIGUError):
     """The privacy budget does not allow what was asked."""
 
     code = "budget"
+
+
+class PolicyError(AdaDPIGUError):
+    """The policy of a node does not allow what was asked."""
+
+    code = "policy"
 
 
 class FederationError(AdaDPIGUError):

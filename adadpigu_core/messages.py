@@ -145,6 +145,7 @@ class TrainRequest:
         steps: Private steps of this round.
         learning_rate: Of the local moves.
         importance_measure: Score to return; empty = none.
+        spent: Everything that the server has seen of this client's ledger.
     """
 
     run: str
@@ -163,6 +164,7 @@ class TrainRequest:
     steps: int
     learning_rate: float
     importance_measure: str
+    spent: tuple[Event, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.phase in PHASES, "phase", f"unknown value {_shown(self.phase)}")

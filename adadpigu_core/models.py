@@ -5,14 +5,16 @@ that mixes the records of a batch, such as batch normalisation, breaks that sile
 the guarantee is gone. ``check_private`` knows such layers by name, ``check_isolation`` finds the others by experiment.
 
 A network is a function of ``ModelSpec`` and a seed, so that server and clients build the same one without sending
-code. Convolutional networks fit one image size; ``mlp`` and ``linear`` take any shape. Left out: pretrained weights,
-and mixing that is weaker than float32 rounding.
+code. Convolutional networks fit one image size; ``mlp`` and ``linear`` take any shape; ``package.module:factory`` is
+the user's own, see ``factories``. Left out: pretrained weights, and mixing that is weaker than float32 rounding.
 """
 
 import copy
+import hashlib
+import json
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NoReturn
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from adadpigu_core import factories
 from adadpigu_core.exceptions import ConfigurationError, ModelError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
@@ -75,8 +78,8 @@ class ModelSpec:
     """What a network is built from. Public.
 
     Args:
-        name: One of ``NAMES``.
-        activation: "relu" or "tanh"; "linear" has none.
+        name: One of ``NAMES``, or the import path of a factory.
+        activation: "relu" or "tanh"; "linear" and factories take none.
         normalisation: "none", or "group": group normalisation without parameters after each convolution.
         input_shape: Shape of one record; [channels, height, width] for the convolutional networks.
         num_classes: Number of outputs, at least 2.
@@ -93,12 +96,13 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         for key, value, choices in (
-            ("model", self.name, NAMES),
+            ("model", self.name, (self.name,) if factories.is_factory(self.name) else NAMES),
             ("activation", self.activation, tuple(ACTIVATIONS)),
             ("normalisation", self.normalisation, NORMALISATIONS),
         ):
             if value not in choices:
-                raise ConfigurationError(f"unknown {key} {value!r}: choose {', '.join(choices)}")
+                more = " or package.module:factory" if key == "model" else ""
+                raise ConfigurationError(f"unknown {key} {value!r}: choose {', '.join(choices)}{more}")
         if self.num_classes < 2:
             raise ConfigurationError(f"num_classes is {self.num_classes}; a classifier needs 2 at least")
         self._check_shape()
@@ -131,11 +135,13 @@ def default_model(dataset_name: str) -> str:
     >>> default_model("mnist"), default_model("npz:mine.npz")
     ('mnist-cnn', 'mlp')
     """
-    if dataset_name.startswith("npz:"):
+    if dataset_name.startswith(("npz:", "csv:", "images:")):
         return "mlp"
     if dataset_name not in _DEFAULTS:
         known = ", ".join(_DEFAULTS)
-        raise ConfigurationError(f"no default model for data set {dataset_name!r}: known are {known}, npz:PATH")
+        raise ConfigurationError(
+            f"no default model for data set {dataset_name!r}: known are {known}, npz:PATH, csv:PATH, images:PATH"
+        )
     return _DEFAULTS[dataset_name]
 
 
@@ -155,8 +161,23 @@ def build(spec: ModelSpec, *, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reset the generators of the accelerators, which are not restored.
         torch.default_generator.manual_seed(seed)
+        if factories.is_factory(spec.name):
+            return factories.build(spec.name, spec.input_shape, spec.num_classes)
         plan = _CONVOLUTIONAL.get(spec.name)
         return _convolutional(plan, spec) if plan else _fully_connected(spec)
+
+
+def fingerprint(spec: ModelSpec) -> str:
+    """Name a model for a policy: 16 hex digits over the spec and, if it is the user's own, over its installed source.
+
+    Nothing is imported or built.
+
+    Raises:
+        ConfigurationError: If the source of a factory is not installed here.
+    """
+    source = factories.source_fingerprint(spec.name) if factories.is_factory(spec.name) else ""
+    text = json.dumps([asdict(spec), source], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _convolutional(plan: _Convolutional, spec: ModelSpec) -> nn.Module:

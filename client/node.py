@@ -8,7 +8,7 @@ the sampling probability and the budget are the client's own.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -44,10 +44,11 @@ from adadpigu_core.messages import (
     encode,
     require,
 )
-from adadpigu_core.models import ModelSpec, build, check_isolation, check_private
+from adadpigu_core.models import ModelSpec, build, check_isolation, check_private, fingerprint
 from adadpigu_core.parameters import ParameterLayout, assign
 from adadpigu_core.private_step import Mechanism
 from adadpigu_core.provenance import code_fingerprint
+from adadpigu_core.reconciliation import check_complete
 from client.site import Site
 
 log = logging.getLogger("adadpigu.client")
@@ -101,7 +102,7 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
         BudgetError: If nothing is left of the budget.
         AdaDPIGUError: For whatever else makes taking part impossible.
     """
-    _check_code(request.code)
+    _check_code(request.code, site)
     model, _ = _model(request.model, request.layout, site)
     spec = request.model
     check_isolation(model, torch.rand(4, *spec.input_shape, generator=torch.Generator().manual_seed(0)))
@@ -116,7 +117,9 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
                 request.training_steps,
                 request.pretraining_share,
             )
-            ledger.record_plan(request.run, calibrate(shape, asked.epsilon, asked.delta, ledger.events()), asked)
+            plan = calibrate(shape, asked.epsilon, asked.delta, ledger.events())
+        site.limits.check_sampling(request.sampling_probability)
+        ledger.record_plan(request.run, site.limits.quieten(plan), asked)
     plan, target = _recorded(request.run, site, ledger)
     return Description(
         name=site.name,
@@ -137,11 +140,12 @@ def train(request: TrainRequest, site: Site, ledger: Ledger) -> Wire:
     Raises:
         AdaDPIGUError: Before anything is charged, if the request cannot be met.
     """
-    _check_code(request.code)
+    _check_code(request.code, site)
     round_ = Round(request.run, request.round, request.code)
     stored = ledger.stored_release(round_)
     if stored is not None:
         return _unpack(stored)
+    check_complete(ledger, request.spent)
     work = _prepare(request, site, ledger)
     charge = ledger.charge(round_, _round_event(work.mechanism, request.steps), work.target)
     try:
@@ -215,6 +219,7 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     event = plan.event(request.phase)
     planned = f"the plan of this run has {event.count} {request.phase} steps, not {request.steps}"
     require(request.steps <= event.count, "steps", planned)
+    site.limits.check_round(replace(event, count=request.steps))
     with _named_by_the_server():
         mechanism = Mechanism(
             request.phase,
@@ -261,13 +266,15 @@ def _named_by_the_server() -> Iterator[None]:
         raise MessageError(str(error), str(error)) from error
 
 
-def _check_code(code: str) -> None:
+def _check_code(code: str, site: Site) -> None:
     own = code_fingerprint()
+    site.limits.check_code(own)
     require(code == own, "code", f"the server runs {code}, this client {own}; install the same release on both")
 
 
 def _model(spec: ModelSpec, layout_fingerprint: str, site: Site) -> tuple[nn.Module, ParameterLayout]:
     """Build the model and check that it, its layout and the records fit together."""
+    site.limits.check_model(spec.name, partial(fingerprint, spec))  # before anything of it is imported
     declared = site.num_classes
     # by the declared number, so that whether labels fit does not depend on what the server asks
     check_records(site.records, input_shape=spec.input_shape, num_classes=declared or spec.num_classes)

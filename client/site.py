@@ -1,11 +1,11 @@
 """Where a client's records, ledger and limits come from.
 
-A deployed client takes all three from its node's own configuration; nothing that a server says can change them. A
-simulated client has no owner but the run, so its share of a public data set, its ledger and its budget come from the
-run configuration. Which of the two it is must not be for the server to say either: see ``is_simulated``.
+A deployed client takes records and ledger from its node's own configuration and limits from its node's policy; nothing
+that a server says can change them. A simulated client has no owner but the run, so its share of a public data set, its
+ledger and its budget come from the run configuration. Which of the two it is must not be for the server to say either:
+see ``is_simulated``.
 """
 
-import math
 import os
 import re
 import sys
@@ -27,6 +27,7 @@ from adadpigu_core.gradients import DEFAULTS, PRECISIONS, GradientOptions
 from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
 from client.partitions import partition
+from client.policy import Limits, load
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,9 @@ _NODE_SETTINGS = {
     "ledger": _NodeSetting(
         (str,), lambda path: os.path.isabs(os.path.expanduser(path)), "must be an absolute path", required=True
     ),
-    "target-epsilon": _NodeSetting(
-        (float, int), lambda epsilon: 0 < epsilon < math.inf, "must be positive and finite", required=True
+    "policy": _NodeSetting(
+        (str,), lambda path: os.path.isabs(os.path.expanduser(path)), "must be an absolute path", required=True
     ),
-    "target-delta": _NodeSetting((float,), lambda delta: 0 < delta < 1, "must be above 0 and below 1", required=True),
     "data-set-name": _NodeSetting((str,), bool, "must not be empty"),
     "name": _NodeSetting(
         (str,), lambda name: len(name) <= 100 and name.isprintable(), "must be at most 100 printable letters"
@@ -56,6 +56,10 @@ _NODE_SETTINGS = {
     "device": _NodeSetting((str,), DEVICES.__contains__, f"must be one of {', '.join(DEVICES)}"),
     "memory-limit": _NodeSetting((int,), lambda number: number >= 0, "must be at least 0 (MiB; 0: automatic)"),
     "precision": _NodeSetting((str,), PRECISIONS.__contains__, f"must be one of {', '.join(PRECISIONS)}"),
+}
+_MOVED = {
+    "target-epsilon": "the budget of a data set stands in the node's policy, and nowhere else",
+    "target-delta": "the budget of a data set stands in the node's policy, and nowhere else",
 }
 _SIMULATED = {"partition-id", "num-partitions"}
 
@@ -70,7 +74,7 @@ class Site:
         content: Fingerprint of the records.
         data_set: Key of the ledger.
         ledger: Path of the ledger.
-        target: Largest budget over everything ever released.
+        limits: What its owner allows, the budget over everything ever released among it.
         num_records: Declared number of records.
         num_classes: Declared number of classes; None = the labels themselves decide whether they fit a task, and a
             server that asks for tasks with more and more classes finds out the largest label.
@@ -84,12 +88,17 @@ class Site:
     content: str
     data_set: str
     ledger: Path
-    target: Target
+    limits: Limits
     num_records: int
     num_classes: int | None
     simulation_key: tuple[int, ...] | None
     options: GradientOptions = DEFAULTS
     device: str = "cpu"
+
+    @property
+    def target(self) -> Target:
+        """Largest budget over everything ever released."""
+        return self.limits.target
 
     def randomness(self, charge_id: int) -> Randomness:
         """Source of samples and noise for the round that a charge pays for.
@@ -106,12 +115,14 @@ def site(node_config: Mapping[str, Value], run_config: Mapping[str, Value], flow
     """Find the site of this process.
 
     Raises:
-        ConfigurationError: If the node's configuration is incomplete or wrong.
+        ConfigurationError: If the node's configuration or its policy is incomplete or wrong.
         DataError: If the records cannot be read.
     """
     if is_simulated(node_config):
         return _simulated(parse(run_config), flower_run, node_config)
-    return _deployed(tuple(sorted(node_config.items())))
+    check_node(node_config)
+    limits = load(Path(str(node_config["policy"])).expanduser()).of(data_set_name(node_config))
+    return _deployed(tuple(sorted(node_config.items())), limits)
 
 
 def is_simulated(node_config: Mapping[str, Value]) -> bool:
@@ -154,7 +165,7 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
         content=content,
         data_set=f"{dataset}/{index}-of-{count}",
         ledger=folder / f"{stem}-{index}-of-{count}.sqlite",
-        target=Target(privacy.target_epsilon, privacy.target_delta),
+        limits=Limits.of_simulation(Target(privacy.target_epsilon, privacy.target_delta)),
         num_records=len(records),
         num_classes=_data_set(dataset).num_classes,
         simulation_key=(configuration.seed, index) if seeded else None,
@@ -182,12 +193,15 @@ def _split(dataset: str, count: int, split: tuple[str, float, int]) -> list[NDAr
     return partition(labels, num_partitions=count, scheme=scheme, alpha=alpha, seed=seed)
 
 
+def data_set_name(node_config: Mapping[str, Value]) -> str:
+    """Key of the ledger and of the policy: a name that the owner gave, or where the records are."""
+    return str(node_config.get("data-set-name", node_config["dataset"]))
+
+
 @lru_cache(maxsize=1)
-def _deployed(settings: tuple[tuple[str, Value], ...]) -> Site:
+def _deployed(settings: tuple[tuple[str, Value], ...], limits: Limits) -> Site:
     node_config = dict(settings)
-    _check_node(node_config)
-    source = str(node_config["dataset"])
-    records = datasets.load_records(source)
+    records = datasets.load_records(str(node_config["dataset"]))
     classes = node_config.get("num-classes")
     runtime = RuntimeSettings(
         device=str(node_config.get("device", "auto")),
@@ -199,9 +213,9 @@ def _deployed(settings: tuple[tuple[str, Value], ...]) -> Site:
         name=str(node_config.get("name", "")),
         records=records.to(device),
         content=records.fingerprint(),
-        data_set=str(node_config.get("data-set-name", source)),
+        data_set=data_set_name(node_config),
         ledger=Path(str(node_config["ledger"])).expanduser(),
-        target=Target(float(node_config["target-epsilon"]), float(node_config["target-delta"])),
+        limits=limits,
         num_records=int(node_config.get("num-records", len(records))),
         num_classes=None if classes is None else int(classes),
         simulation_key=None,
@@ -221,8 +235,14 @@ def available_device(wanted: str) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _check_node(node_config: Mapping[str, Value]) -> None:
-    problems = [f"{key}: there is no such setting" for key in node_config if key not in _NODE_SETTINGS]
+def check_node(node_config: Mapping[str, Value]) -> None:
+    """Check the configuration of a node that owns records, and report all problems at once.
+
+    Raises:
+        ConfigurationError: If a setting is unknown, missing or cannot be used.
+    """
+    unknown = (key for key in node_config if key not in _NODE_SETTINGS)
+    problems = [f"{key}: {_MOVED.get(key, 'there is no such setting')}" for key in unknown]
     for key, setting in _NODE_SETTINGS.items():
         value = node_config.get(key)
         if value is None:

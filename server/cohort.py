@@ -16,7 +16,7 @@ log = logging.getLogger("adadpigu.server")
 # A node that refuses so often in a row is left alone for the rest of the run.
 _PATIENCE = 3
 # Nothing that the server can do changes these.
-_FINAL = ("budget", "configuration", "data", "model")
+_FINAL = ("budget", "configuration", "data", "model", "policy")
 _MOST_TEXT = 300
 
 

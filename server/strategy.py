@@ -22,7 +22,7 @@ from adadpigu_core.accounting import PRETRAINING, TRAINING
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
 from adadpigu_core.exceptions import FederationError, MessageError
-from adadpigu_core.messages import Refusal, TrainReply, decode, encode, kind_of
+from adadpigu_core.messages import Refusal, TrainReply, TrainRequest, decode, encode, kind_of
 from adadpigu_core.models import ModelSpec
 from adadpigu_core.parameters import assign, flatten
 from server.aggregation import Contribution, aggregate
@@ -33,7 +33,7 @@ from server.requests import Asked, Requests, RoundWork
 from server.round_report import RoundReport, ignore
 from server.schedule import Schedule
 from server.state import ServerState
-from server.wire import to_content
+from server.wire import readdressed, to_content
 
 log = logging.getLogger("adadpigu.server")
 
@@ -152,14 +152,18 @@ class AdaDPIGU(Strategy):
         standardisation = self._standardise(union, phase)
         self._expected = Expected(server_round, {}, standardisation)
         work = RoundWork(server_round, phase, self.state.optimiser.weights, standardisation)
-        contents: dict[tuple[str, bool], RecordDict] = {}
+        contents: dict[tuple[str, bool], tuple[TrainRequest, RecordDict]] = {}
         messages = []
         for member in self.cohort.present:
             own = self._expected.asked[member.node] = asked[id(masks[member.node])]
             key = (own.mask_id, own.mask_id != member.mask_id)
             if key not in contents:
-                contents[key] = to_content(encode(self._requests.train(work, own, send_mask=key[1])))
-            messages.append(request(contents[key], member.node, TRAIN, server_round))
+                message = self._requests.train(work, own, send_mask=key[1])
+                contents[key] = message, to_content(encode(message))
+            message, shared = contents[key]
+            known = self.state.tally[member.description.data_set].events
+            content = readdressed(shared, encode(replace(message, spent=known)))
+            messages.append(request(content, member.node, TRAIN, server_round))
         return messages
 
     def aggregate_train(

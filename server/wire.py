@@ -16,6 +16,12 @@ def to_content(wire: Wire) -> RecordDict:
     return RecordDict({"arrays": arrays, "values": values})
 
 
+def readdressed(content: RecordDict, wire: Wire) -> RecordDict:
+    """Make a message with the values of another and the very arrays of one that was made already, held once."""
+    values = to_content(Wire({}, wire.values)).config_records["values"]
+    return RecordDict({"arrays": content.array_records["arrays"], "values": values})
+
+
 def from_content(content: RecordDict) -> Wire:
     """Take a message out of Flower's records.
 

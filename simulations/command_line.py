@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+from simulations import doctor_commands, ledger_commands, node_commands, policy_commands
 from simulations.benchmarks.command_line import app as benchmark
+from simulations.failure import failed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +27,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Federated learning on Flower in which every client's records are protected by differential privacy.",
 )
+app.add_typer(policy_commands.app, name="policy")
+app.add_typer(ledger_commands.app, name="ledger")
+node_commands.register(app)
+doctor_commands.register(app)
 app.add_typer(benchmark, name="benchmark")
 
 _SIMULATE = """Run a whole federation on this machine: the real clients and the real server, one ledger a client.
@@ -75,15 +81,7 @@ def simulate(
     try:
         _simulate(console, config, override or [], engine, ray_address, output, resume)
     except AdaDPIGUError as error:
-        raise _failed(error) from error
-
-
-def _failed(error: AdaDPIGUError) -> typer.Exit:
-    """Say what is wrong; 2 is the status of a wrong command, 1 that of a run that failed."""
-    console = Console(stderr=True)
-    console.print("[red]Error:[/red]", end=" ")
-    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-    return typer.Exit(2 if isinstance(error, ConfigurationError) else 1)
+        raise failed(error) from error
 
 
 def _simulate(
@@ -158,7 +156,7 @@ def reproduce(
     try:
         text = make(table, seeds, folder, partial(progressing, console), console.print)
     except AdaDPIGUError as error:
-        raise _failed(error) from error
+        raise failed(error) from error
     console.print(text, markup=False, soft_wrap=True, highlight=False)
 
 

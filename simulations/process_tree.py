@@ -26,10 +26,20 @@ class _Process(NamedTuple):
 def descendant_groups(pid: int) -> set[int]:
     """Process groups that are led by a process or by one of its descendants."""
     table = _processes()
+    family = _family(pid, table)
+    return {process.group for process in table if process.pid in family} & family
+
+
+def descendants(pid: int) -> set[int]:
+    """A process and everything that comes from it."""
+    return _family(pid, _processes())
+
+
+def _family(pid: int, table: list[_Process]) -> set[int]:
     family = {pid}
     while grown := {process.pid for process in table if process.parent in family} - family:
         family |= grown
-    return {process.group for process in table if process.pid in family} & family
+    return family
 
 
 def end_groups(groups: set[int], patience: float) -> None:

@@ -152,12 +152,12 @@ def _through_flower(simulation: Simulation, show: Show, ray_address: str | None)
 
 def _absolute(dataset: str) -> str:
     """Name the user's own file so that the run can go on from another directory, and has the same ledgers there."""
-    path = dataset.removeprefix(datasets.NPZ_PREFIX)
-    return f"{datasets.NPZ_PREFIX}{Path(path).expanduser().absolute()}" if path not in ("", dataset) else dataset
+    prefix, path = datasets.taken_apart(dataset)
+    return f"{prefix}{Path(path).expanduser().absolute()}" if prefix and path else dataset
 
 
 def _default_output(configuration: Configuration) -> str:
-    name = Path(configuration.task.dataset.removeprefix("npz:")).stem
+    name = Path(datasets.taken_apart(configuration.task.dataset)[1].partition("#")[0]).stem
     return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

@@ -35,7 +35,8 @@ def allowed(key):
     if isinstance(default, bool):
         return st.booleans()
     if isinstance(default, str):
-        return st.text(st.characters(codec="utf-8")) if key != "task.dataset" else st.sampled_from(["digits", "npz:ü"])
+        known = {"task.dataset": ["digits", "npz:ü", "csv:ü#ä"], "task.model": ["auto", "mlp", "own.nets:wide"]}
+        return st.sampled_from(known[key]) if key in known else st.text(st.characters(codec="utf-8"))
     low, high = max(limits["least"], limits["above"]), min(limits["most"], limits["below"])
     if isinstance(default, int):
         most = 1000 if key.startswith("federation") else 2**63 - 1

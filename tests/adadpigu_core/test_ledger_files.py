@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adadpigu_core import ledger as ledger_module
+from adadpigu_core import ledger_file as ledger_module
 from adadpigu_core.accounting import TRAINING, Event, PlanShape, calibrate
 from adadpigu_core.exceptions import LedgerError
 from adadpigu_core.ledger import Ledger, Round, Target

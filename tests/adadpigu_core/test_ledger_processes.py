@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from adadpigu_core import ledger as ledger_module
+from adadpigu_core import ledger_file as ledger_module
 from adadpigu_core.accounting import TRAINING, Event, fits
 from adadpigu_core.exceptions import BudgetError, LedgerError, MessageError
 from adadpigu_core.ledger import Ledger, Round, Target

@@ -1,5 +1,6 @@
 """A deployed node on files of its own, asked through Flower's messages as a server would."""
 
+import json
 import sqlite3
 import time
 from contextlib import closing
@@ -86,29 +87,51 @@ def altered(wire, changes):
 
 
 class Node:
-    """A SuperNode's ClientApp. Every message meets a new process, as far as memory goes."""
+    """A SuperNode's ClientApp. Every message meets a new process, as far as memory goes.
 
-    def __init__(self, folder, **config):
+    Its policy is written before each message, from ``budget``, ``limits`` and ``allowed``.
+    """
+
+    def __init__(self, folder, budget=(8.0, 1e-5), **config):
         self.folder = folder
         self.data, self.ledger = folder / "site.npz", folder / "private" / "ledger.sqlite"
+        self.policy = folder / "policy.toml"
+        self.budget = {"epsilon": budget[0], "delta": budget[1]}
+        self.limits = {
+            "smallest-noise-multiplier": 0.1,
+            "largest-sampling-probability": 1.0,
+            "largest-steps-per-round": 1000,
+        }
+        self.allowed = {"models": "any", "code": "any"}
         self.run_config = {}
         self.config = {
             "dataset": f"npz:{self.data}",
             "ledger": str(self.ledger),
-            "target-epsilon": 8.0,
-            "target-delta": 1e-5,
+            "policy": str(self.policy),
             **config,
         }
         generator = np.random.default_rng(0)
         features = generator.normal(size=(NUM_RECORDS, 4)).astype(np.float32)
         self.save(x=features, y=np.arange(NUM_RECORDS) % 3)
+        self.write_policy()
 
     def save(self, **arrays):
         np.savez(self.data, **arrays)
 
+    def write_policy(self):
+        """Write the policy down."""
+        name = self.config.get("data-set-name", self.config.get("dataset", ""))
+        tables = {f"data-sets.{json.dumps(name)}": self.budget}
+        tables |= {"limits": self.limits, "allowed": self.allowed}
+        lines = ["version = 1"]
+        for name, table in tables.items():
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+        self.policy.write_text("\n".join(lines))
+
     def send(self, content, message_type):
         """Give the app a message and take its answer, both serialised as on the network."""
         client.site._deployed.cache_clear()
+        self.write_policy()
         now = time.time()
         message = make_message(Metadata(1, "request", 1, 7, "", "1", now, 3600.0, message_type), content)
         context = Context(1, 7, dict(self.config), RecordDict(), dict(self.run_config))

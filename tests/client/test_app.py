@@ -39,8 +39,8 @@ class TestRefusals:
             "colour: there is no",
             "dataset: expected str",
             "ledger: must be",
-            "target-epsilon: must",
-            "delta",
+            "target-epsilon: the budget of a data set stands in the node's policy",
+            "policy: is missing",
         ):
             assert text in caplog.text
         assert not node.ledger.exists()

@@ -47,7 +47,7 @@ class TestDescribe:
         ],
     )
     def test_the_server_may_ask_for_less_budget_and_never_for_more(self, make_node, own, asked, holds):
-        node = make_node(**{"target-epsilon": own[0], "target-delta": own[1]})
+        node = make_node(budget=own)
         reply = node.describe(target_epsilon=asked[0], target_delta=asked[1])
         assert (reply.target_epsilon, reply.target_delta) == holds
         node.train()
@@ -62,7 +62,7 @@ class TestDescribe:
 
     def test_an_owner_who_lowers_the_budget_is_obeyed_in_the_middle_of_a_run(self, described):
         assert isinstance(described.train(), TrainReply)
-        described.config["target-epsilon"] = 0.5
+        described.budget["epsilon"] = 0.5
         before = described.charged()
         assert "budget" in refused(described.train(round=2), "budget")
         assert described.describe().target_epsilon == 0.5

@@ -9,6 +9,7 @@ import client.node
 from adadpigu_core.ledger import Ledger
 from adadpigu_core.messages import Description, Refusal, TrainReply
 from adadpigu_core.models import ModelSpec
+from adadpigu_core.reconciliation import lacking, make_up
 
 D = 15  # 4 features x 3 classes, and 3 biases
 
@@ -228,3 +229,29 @@ class TestLedger:
         monkeypatch.setattr(Ledger, "_execute", real)
         assert isinstance(described.train(), TrainReply)
         assert [len(rows) for rows in described.charged()] == [1, 1]
+
+
+class TestRestoredBackup:
+    """The server's tally knows better than a ledger that was put back."""
+
+    def test_a_ledger_that_lacks_what_the_server_has_seen_is_refused(self, described):
+        first = described.train()
+        backup = described.ledger.read_bytes()
+        second = described.train(round=2, spent=first.spent)
+        assert isinstance(second, TrainReply)
+        described.ledger.write_bytes(backup)
+        before = described.charged()
+        for number in (2, 3):
+            message = refused(described.train(round=number, spent=second.spent), "ledger")
+            assert "1 releases that this client's ledger does not hold: was a backup restored?" in message
+        assert described.charged() == before
+
+    def test_and_goes_on_when_its_operator_has_made_up_for_it(self, described):
+        first = described.train()
+        backup = described.ledger.read_bytes()
+        second = described.train(round=2, spent=first.spent)
+        described.ledger.write_bytes(backup)
+        with Ledger(described.ledger, described.config["dataset"], "x") as ledger:
+            make_up(ledger, lacking(ledger.events(), second.spent))
+        third = described.train(round=3, spent=second.spent)
+        assert [event.count for event in third.spent] == [3]

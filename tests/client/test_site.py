@@ -50,19 +50,20 @@ def run_config(npz, **changes):
 class TestDeployed:
     def test_takes_everything_from_its_node(self, node):
         node.config.update({"name": "ward 3", "data-set-name": "patients", "num-records": 50, "num-classes": 3})
+        node.write_policy()
         found = site(node.config, {}, 1)
         assert (found.name, found.data_set, found.num_records, found.num_classes) == ("ward 3", "patients", 50, 3)
         assert (found.ledger, found.target) == (node.ledger, Target(8.0, 1e-5))
         assert len(found.records) == 60
         assert found.content == found.records.fingerprint()
 
-    def test_needs_only_four_settings(self, node):
+    def test_needs_only_three_settings(self, node):
         found = site(node.config, {}, 1)
         assert (found.name, found.data_set, found.num_records) == ("", node.config["dataset"], 60)
         assert found.num_classes is None
 
     def test_a_whole_number_is_an_epsilon(self, make_node):
-        assert site(make_node(**{"target-epsilon": 3}).config, {}, 1).target == Target(3.0, 1e-5)
+        assert site(make_node(budget=(3, 1e-5)).config, {}, 1).target == Target(3.0, 1e-5)
 
     def test_a_ledger_at_home_has_an_absolute_path(self, node, monkeypatch):
         monkeypatch.setenv("HOME", "/home/alice")
@@ -98,16 +99,16 @@ class TestDeployed:
         assert len(found.records) == 60
 
     def test_all_problems_are_reported_at_once(self):
-        wrong = {"ledgr": "x", "target-epsilon": "8", "target-delta": 1.0, "num-records": 0, "name": 3, "dataset": ""}
+        wrong = {"ledgr": "x", "target-epsilon": 8.0, "policy": "p.toml", "num-records": 0, "name": 3, "dataset": ""}
         with pytest.raises(ConfigurationError) as caught:
             site(wrong, {}, 1)
         lines = str(caught.value).splitlines()[1:]
         assert [line.split(":")[0].strip("* ") for line in lines] == [
             "ledgr",
+            "target-epsilon",
             "dataset",
             "ledger",
-            "target-epsilon",
-            "target-delta",
+            "policy",
             "name",
             "num-records",
         ]
@@ -122,15 +123,10 @@ class TestDeployed:
             ("ledger", "", "absolute path"),
             ("ledger", "ledger.sqlite", "absolute path"),
             ("ledger", "./ledger.sqlite", "absolute path"),
-            ("target-epsilon", None, "is missing"),
-            ("target-epsilon", True, "expected float"),
-            ("target-epsilon", 0, "positive and finite"),
-            ("target-epsilon", -1.0, "positive and finite"),
-            ("target-epsilon", float("inf"), "positive and finite"),
-            ("target-epsilon", float("nan"), "positive and finite"),
-            ("target-delta", None, "is missing"),
-            ("target-delta", 0.0, "above 0 and below 1"),
-            ("target-delta", 1, "expected float"),
+            ("policy", None, "is missing"),
+            ("policy", "policy.toml", "absolute path"),
+            ("target-epsilon", 8.0, "stands in the node's policy, and nowhere else"),
+            ("target-delta", 1e-5, "stands in the node's policy, and nowhere else"),
             ("name", "a" * 101, "100 printable letters"),
             ("name", "ward\n3", "100 printable letters"),
             ("num-records", 10.0, "expected int"),

@@ -57,12 +57,19 @@ class TestHonestClients:
         assert len({request.mask_id for request in requests[1:]}) == 1
         assert requests[0].mask_id == ""
 
-    def test_one_content_is_shared_by_all_who_are_asked_the_same(self, kit):
+    def test_arrays_are_shared_by_all_who_are_asked_the_same(self, kit):
         federation = kit.Federation([kit.Client(name) for name in "abc"])
         federation.run()
         for number in (1, 2, 3, 4):
-            contents = {id(m.content) for m in federation.grid.pushed if m.metadata.group_id == str(number)}
-            assert len(contents) == 1
+            contents = [m.content for m in federation.grid.pushed if m.metadata.group_id == str(number)]
+            assert len({id(content.array_records["arrays"]) for content in contents}) == 1
+
+    def test_each_is_told_what_is_known_of_its_own_ledger(self, kit):
+        federation = kit.Federation([kit.Client("a"), kit.Client("b")])
+        federation.run()
+        for client in federation.clients:
+            counts = [sum(event.count for event in request.spent) for request in client.requests]
+            assert counts == [0, 1, 2, 3]
 
     def test_nothing_is_evaluated_by_clients(self, kit):
         federation = kit.Federation([kit.Client("a")])

@@ -1,0 +1,1 @@
+"""Programs that stand in for Flower's own, and what they need without importing anything large."""

@@ -1,0 +1,116 @@
+"""docs/deploy.md, tried: its commands run as they stand, on this machine alone, with other addresses and folders."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import flwr
+import numpy as np
+import pytest
+
+from adadpigu_core.configuration import settings
+from adadpigu_core.ledger import Ledger
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")]
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+FLOWER = Path(flwr.__file__).parents[4] / "bin"
+
+
+def blocks(section):
+    """Commands of a section of the guide, block by block."""
+    text = re.search(rf"^##+ {re.escape(section)}$(.*?)(?=^##+ |\Z)", GUIDE, re.M | re.S).group(1)
+    found = re.findall(r"(?:^    .*\n(?:\n(?=    ))?)+", text, re.M)
+    return [re.sub(r"^    ", "", block, flags=re.M) for block in found]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """Run a block of the guide; gives what it prints."""
+    folder = tmp_path_factory.mktemp("machine")
+    (folder / "home").mkdir()
+    np.savez(folder / "site.npz", x=np.zeros((30, 3)), y=np.arange(30) % 2)
+    path = os.pathsep.join([str(BIN), str(FLOWER), os.environ["PATH"]])
+
+    def run(block, status=0):
+        for old, new in {
+            "/etc/adadpigu": f"{folder}/etc",
+            "/var/lib/adadpigu": f"{folder}/var",
+            "/data/site.npz": f"{folder}/site.npz",
+            "server.example.org": "localhost",
+            "192.0.2.10": "127.0.0.1",
+        }.items():
+            block = block.replace(old, new)
+        done = subprocess.run(
+            ["bash", "-eu", "-c", block],
+            cwd=folder / "home",
+            env={**os.environ, "HOME": str(folder / "home"), "PATH": path, "COLUMNS": "250", "PYTHONWARNINGS": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == status, (block, done.stdout, done.stderr)
+        return done.stdout
+
+    run.folder = folder
+    return run
+
+
+def test_certificates_keys_policy_and_ledger(machine):
+    make, look = blocks("1. The server's certificate")
+    machine(make)
+    assert "was signed by the authority" in machine(f"cd ~/federation\n{look}")
+    (key,) = blocks("2. A key for each node")
+    machine(key)
+    shutil.copy(machine.folder / "home" / "federation" / "ca.crt", machine.folder / "etc")
+    policy, check, ledger = blocks("4. The policy and the ledger of a node")
+    machine(policy)
+    assert "epsilon 4 at delta 1e-06, over all time" in machine(check)
+    machine(ledger)
+    Ledger(machine.folder / "var" / "ledger.sqlite", "patients", "content").close()
+    show, *_ = blocks("7. The ledger")
+    assert "patients: epsilon 0.0000 of 4 at delta 1e-06, 4.0000 left" in machine(show)
+    assert (machine.folder / "home" / "ledger.json").exists()
+    doctor, _start = blocks("5. A node")
+    output = machine(doctor, status=1)  # everything is in order but for the server, which is not there
+    assert "cannot be reached" in output
+    faults = [line for line in output.splitlines() if "fault" in line and "tmpfs" not in line and "overlay" not in line]
+    assert len(faults) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "program"),
+    [
+        ("3. The SuperLink", "flower-superlink"),
+        ("3. The SuperLink", "flwr supernode register"),
+        ("5. A node", "flower-supernode"),
+        ("5. A node", "adadpigu doctor"),
+        ("6. A run", "flwr run"),
+        ("6. A run", "adadpigu policy model"),
+        ("7. The ledger", "adadpigu ledger reconcile"),
+    ],
+)
+def test_options_exist(machine, section, program):
+    """Of programs that would go on for ever, or need a server."""
+    text = "\n".join(blocks(section)).replace("adadpigu supernode", "flower-supernode")
+    commands = re.split(r"\n(?=\S)", text)
+    options = {
+        option
+        for command in commands
+        if command.startswith(program)
+        for option in re.findall(r"(?<=\s)--[a-z-]+", command)
+    }
+    assert options
+    known = machine(f"{program} --help")
+    assert [option for option in sorted(options) if option not in known] == []
+
+
+def test_every_setting_of_the_run_exists():
+    known = {key for key, *_ in settings()}
+    run = next(block for block in blocks("6. A run") if "flwr run" in block)
+    assert set(re.findall(r"([a-z-]+\.[a-z-]+)=", run)) <= known
