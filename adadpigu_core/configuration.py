@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from adadpigu_core import datasets, models
-from adadpigu_core.accounting import PlanShape
+from adadpigu_core.accounting import NoiseSchedule, PlanShape, pretraining_rounds
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.masking import SCHEDULES
 from adadpigu_core.messages import MOST_STEPS, printable
+from adadpigu_core.noise_schedule import LARGEST_RATIO, LEAST_RATIO, NOISE_SCHEDULES
 
 Value = bool | int | float | str
 OWNERS = ("server", "client")
@@ -83,6 +84,10 @@ class PrivacySettings:
     sampling_probability: float = _setting(0.5, "chance of a record to enter a step", above=0, most=1)
     clipping_norm: float = _setting(1.0, "largest norm of a record's standardised gradient", above=0)
     pretraining_share: float = _setting(0.1, "share of the budget for pretraining, in 1/noise^2", above=0, below=1)
+    noise_schedule: str = _setting("constant", "how noise moves over the training rounds", choices=NOISE_SCHEDULES)
+    final_noise_ratio: float = _setting(
+        1.0, "noise of the last round over that of the first", least=LEAST_RATIO, most=LARGEST_RATIO
+    )
     ledger_dir: str = _setting("", "simulation only: lasting folder of ledgers; empty: inside the run folder")
 
 
@@ -160,9 +165,7 @@ class Configuration:
     @property
     def pretraining_rounds(self) -> int:
         """Rounds of pretraining: at least one if any share is given, but always one is left to train."""
-        rounds = self.federation.num_rounds
-        share = self.pretraining.round_share
-        return min(max(1, round(share * rounds)), rounds - 1) if share > 0 else 0
+        return pretraining_rounds(self.federation.num_rounds, self.pretraining.round_share)
 
     @property
     def plan_shape(self) -> PlanShape:
@@ -173,6 +176,8 @@ class Configuration:
             self.pretraining_rounds * steps,
             (self.federation.num_rounds - self.pretraining_rounds) * steps,
             self.privacy.pretraining_share,
+            NoiseSchedule(self.privacy.noise_schedule, self.privacy.final_noise_ratio),
+            steps,
         )
 
 

@@ -114,6 +114,8 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
                 request.pretraining_steps,
                 request.training_steps,
                 request.pretraining_share,
+                request.noise_schedule,
+                request.steps_per_round,
             )
             ledger.record_plan(request.run, calibrate(shape, asked.epsilon, asked.delta, ledger.events()), asked)
     plan, target = _recorded(request.run, site, ledger)
@@ -210,9 +212,10 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     stored = ledger.memory(request.run) or archive.pack({}, {})
     memory: Memory = archive.unpack(stored)[0]
     mask = _mask(request, memory, layout)
-    event = plan.event(request.phase)
-    planned = f"the plan of this run has {event.count} {request.phase} steps, not {request.steps}"
-    require(request.steps <= event.count, "steps", planned)
+    most = plan.event(request.phase).count
+    planned = f"the plan of this run has {most} {request.phase} steps, not {request.steps}"
+    require(request.steps <= most, "steps", planned)
+    event = plan.step_event(request.phase, request.round)
     with _named_by_the_server():
         mechanism = Mechanism(
             request.phase,

@@ -149,15 +149,20 @@ def _clients(clients: list[dict[str, Any]]) -> Table:
     for heading in ("records", "noise multiplier", "epsilon spent of target", "releases"):
         table.add_column(heading, justify="right")
     for client in clients:
-        noise = {event["phase"]: f"{event['noise_multiplier']:.3f}" for event in client["events"]}
         table.add_row(
             client["id"],
             str(client["num_records"]),
-            " / ".join(dict.fromkeys(noise[phase] for phase in PHASES if phase in noise)),
+            " / ".join(dict.fromkeys(noise for phase in PHASES if (noise := _noise(client["events"], phase)))),
             f"{_epsilon(client['epsilon'], 3)} of {client['target_epsilon']:g}",
             str(sum(event["count"] for event in client["events"])),
         )
     return table
+
+
+def _noise(events: list[dict[str, Any]], phase: str) -> str:
+    """Noise multiplier of a phase; the range of it, if it moves from round to round."""
+    noise = sorted(event["noise_multiplier"] for event in events if event["phase"] == phase)
+    return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (noise[0], noise[-1]))) if noise else ""
 
 
 def _size(num_bytes: float) -> str:
