@@ -67,6 +67,9 @@ class FederationSettings:
     num_clients: int = _setting(10, "clients to simulate, or to wait for at the start", least=1)
     num_rounds: int = _setting(100, "rounds in all, pretraining included", least=1)
     local_steps: int = _setting(1, "private steps a client takes in a round", least=1)
+    clients: str = _setting(
+        "", "simulation only: CSV of clients with columns id,records,target_epsilon; empty: all alike"
+    )
     partition: str = _setting("iid", "how simulated clients share the records", choices=PARTITIONS)
     dirichlet_alpha: float = _setting(0.5, "skew of a dirichlet partition; smaller is more skewed", above=0)
     partition_seed: int = _setting(0, "which partition; keep it over runs that share a ledger-dir", least=0)
@@ -287,6 +290,8 @@ def _contradictions(configuration: Configuration) -> Iterator[str]:
     task, federation = configuration.task, configuration.federation
     if task.dataset not in datasets.NAMES and not task.dataset.startswith(datasets.NPZ_PREFIX):
         yield f"task.dataset: {task.dataset!r} is none of {', '.join(datasets.NAMES)}, {datasets.NPZ_PREFIX}PATH"
+    if federation.clients and federation.partition != "iid":
+        yield "federation.partition: must be iid beside federation.clients, which says how many records each has"
     if federation.num_rounds * federation.local_steps > MOST_STEPS:
         yield f"federation.num-rounds: times federation.local-steps, these are more than {MOST_STEPS} steps"
     retention = configuration.retention

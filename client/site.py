@@ -25,7 +25,7 @@ from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
-from client.partitions import partition
+from client.partitions import Deal, deal, listed_clients
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,9 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
         raise ConfigurationError(f"there is no partition {index!r} of {count!r}")
     federation, privacy = configuration.federation, configuration.privacy
     dataset = configuration.task.dataset
-    deal = (federation.partition, federation.dirichlet_alpha, federation.partition_seed)
-    records, content = _share(dataset, index, count, deal)
+    how = Deal(federation.partition, federation.dirichlet_alpha, federation.partition_seed, federation.clients)
+    records, content = _share(dataset, index, count, how)
+    entry = listed_clients(how.clients)[index] if how.clients else None
     folder = (
         Path(privacy.ledger_dir).expanduser()
         if privacy.ledger_dir
@@ -140,12 +141,12 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
     stem = re.sub(r"[^a-z0-9-]+", "-", dataset.lower())[-100:]
     seeded = node_config.get("simulation") is True
     return Site(
-        name=f"client-{index}",
+        name=entry.id if entry else f"client-{index}",
         records=records,
         content=content,
         data_set=f"{dataset}/{index}-of-{count}",
         ledger=folder / f"{stem}-{index}-of-{count}.sqlite",
-        target=Target(privacy.target_epsilon, privacy.target_delta),
+        target=Target(entry.target_epsilon if entry else privacy.target_epsilon, privacy.target_delta),
         num_records=len(records),
         num_classes=_data_set(dataset).num_classes,
         simulation_key=(configuration.seed, index) if seeded else None,
@@ -158,17 +159,15 @@ def _data_set(name: str) -> datasets.DataSet:
 
 
 @lru_cache(maxsize=1024)
-def _share(dataset: str, index: int, count: int, split: tuple[str, float, int]) -> tuple[Records, str]:
+def _share(dataset: str, index: int, count: int, split: Deal) -> tuple[Records, str]:
     shares = _split(dataset, count, split)
     records = _data_set(dataset).train.select(torch.from_numpy(shares[index]))
     return records, records.fingerprint()
 
 
 @lru_cache(maxsize=4)
-def _split(dataset: str, count: int, split: tuple[str, float, int]) -> list[NDArray[np.int64]]:
-    scheme, alpha, seed = split
-    labels = _data_set(dataset).train.labels.numpy()
-    return partition(labels, num_partitions=count, scheme=scheme, alpha=alpha, seed=seed)
+def _split(dataset: str, count: int, split: Deal) -> list[NDArray[np.int64]]:
+    return deal(_data_set(dataset).train.labels.numpy(), count, split)
 
 
 @lru_cache(maxsize=1)

@@ -93,7 +93,6 @@ def _simulate(
     output: Path | None,
     resume: Path | None,
 ) -> None:
-    from adadpigu_core.configuration import read_toml
     from simulations import simulate as engines
     from simulations.display import introduce, progressing, say, show_result
 
@@ -106,7 +105,7 @@ def _simulate(
             )
         simulation = engines.resume(resume)
     else:
-        flat = {**(read_toml(config) if config else {}), **_parse_overrides(overrides)}
+        flat = {**(engines.read_settings(config) if config else {}), **_parse_overrides(overrides)}
         if output is not None:
             flat["runtime.output"] = str(output)
         simulation = engines.prepare(flat)
@@ -143,7 +142,7 @@ def _parse_value(text: str) -> bool | int | float | str:
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="Which: digits or mnist.")],
+    table: Annotated[str, typer.Argument(help="Which: digits, mnist or heterogeneous.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry, with seeds from 0.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs that are there are kept.")] = None,
 ) -> None:

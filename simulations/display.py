@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from adadpigu_core.accounting import PHASES
+from adadpigu_core.client_list import read_clients
 from adadpigu_core.configuration import Configuration
 
 _SECONDS_BETWEEN_LINES = 2.0
@@ -110,7 +112,7 @@ def introduce(console: Console, configuration: Configuration, records: list[int]
     say(
         console,
         f"{federation.num_clients} clients with {sizes} records of {configuration.task.dataset}; "
-        f"each may spend epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} "
+        f"each may spend {_budgets(configuration)} at delta {privacy.target_delta:g} "
         f"over {federation.num_rounds} rounds.",
     )
     say(console, "A simulation: its noise follows from the seed, and protects nobody from those who know the seed.")
@@ -123,6 +125,14 @@ def introduce(console: Console, configuration: Configuration, records: list[int]
             console,
             "Ledgers: new ones in the run folder, so that budgets start afresh (privacy.ledger-dir keeps them).",
         )
+
+
+def _budgets(configuration: Configuration) -> str:
+    most, clients = configuration.privacy.target_epsilon, configuration.federation.clients
+    if not clients:
+        return f"epsilon {most:g}"
+    targets = [min(entry.target_epsilon, most) for entry in read_clients(Path(clients))]
+    return f"its own budget, from epsilon {min(targets):g} to {max(targets):g},"
 
 
 def show_result(console: Console, result: dict[str, Any]) -> None:
