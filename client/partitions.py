@@ -63,9 +63,17 @@ def deal(labels: NDArray[np.integer[Any]], num_clients: int, how: Deal) -> list[
     return partition_by_size(len(labels), [entry.records for entry in entries], how.seed)
 
 
-@lru_cache(maxsize=4)
 def listed_clients(path: str) -> tuple[ClientEntry, ...]:
-    """The clients of a CSV file, read once a process."""
+    """The clients of a CSV file, read once a process unless it changes."""
+    try:
+        version = Path(path).stat().st_mtime_ns
+    except OSError:
+        version = 0  # reading says what is wrong
+    return _listed_clients(path, version)
+
+
+@lru_cache(maxsize=4)
+def _listed_clients(path: str, _version: int) -> tuple[ClientEntry, ...]:
     return read_clients(Path(path))
 
 
