@@ -65,6 +65,23 @@ def read_clients(path: Path) -> tuple[ClientEntry, ...]:
     return tuple(entries)
 
 
+def parse_client(text: str) -> ClientEntry:
+    """Read one client that is written like a line of a file: ``id,records,target_epsilon``.
+
+    Raises:
+        ConfigurationError: Naming what is wrong.
+    """
+    cells = [cell.strip() for cell in text.split(",")]
+    if len(cells) != len(COLUMNS):
+        raise ConfigurationError(f"client {text!r}: must be {','.join(COLUMNS)}")
+    values = {}
+    for name, cell in zip(COLUMNS, cells, strict=True):
+        problem, values[name] = _PARSERS[name](cell)
+        if problem:
+            raise ConfigurationError(f"client {text!r}, {name}: {problem}")
+    return ClientEntry(**values)
+
+
 def _read(rows: Any, entries: list[ClientEntry], problems: list[str]) -> None:
     """Fill in what can be read and what is wrong; ``rows`` is a CSV reader, which knows its line."""
     heading = [name.strip() for name in next(rows, [])]

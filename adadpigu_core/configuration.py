@@ -24,11 +24,11 @@ from adadpigu_core.importance import MEASURES
 from adadpigu_core.masking import SCHEDULES
 from adadpigu_core.messages import MOST_STEPS, printable
 from adadpigu_core.noise_schedule import LARGEST_RATIO, LEAST_RATIO, NOISE_SCHEDULES
+from adadpigu_core.weights import AGGREGATIONS
 
 Value = bool | int | float | str
 OWNERS = ("server", "client")
 RANKINGS = ("consensus", "local", "random")
-AGGREGATIONS = ("precision", "records", "uniform")
 PARTITIONS = ("iid", "dirichlet")
 OPTIMISERS = ("sgd", "adam")
 _LARGEST_INTEGER = 2**63 - 1  # that Flower carries

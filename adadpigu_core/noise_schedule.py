@@ -15,7 +15,7 @@ from adadpigu_core.exceptions import ConfigurationError
 
 NOISE_SCHEDULES = ("constant", "linear", "cosine", "step")
 LEAST_RATIO, LARGEST_RATIO = 0.1, 10.0
-_STAIRS = 10  # of linear and cosine
+_STAIRS = 6  # jumps of linear and cosine
 _STEPS = 3  # jumps of step
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+from simulations import plan_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -157,6 +158,9 @@ def reproduce(
     except AdaDPIGUError as error:
         raise _failed(error) from error
     console.print(text, markup=False, soft_wrap=True, highlight=False)
+
+
+app.command("plan", help=plan_command.HELP)(plan_command.plan)
 
 
 @app.command("settings")
