@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
-from simulations import plan_command
+from simulations import plan_command, report_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -161,6 +161,7 @@ def reproduce(
 
 
 app.command("plan", help=plan_command.HELP)(plan_command.plan)
+app.command("report", help=report_command.HELP)(report_command.report)
 
 
 @app.command("settings")

@@ -19,6 +19,7 @@ from server.round_report import RoundReport
 from server.run_folder import CHECKPOINT, CONFIGURATION, RESULT, RunFolder
 from simulations import flower_engine
 from simulations.in_process import InProcessGrid
+from simulations.report import LiveReport
 
 ENGINES = ("in-process", "flower")
 _CLIENTS = "clients.csv"
@@ -118,18 +119,22 @@ def simulate(simulation: Simulation, engine: str, show: Show, ray_address: str |
         {"partition-id": index, "num-partitions": num_clients, "simulation": True} for index in range(num_clients)
     ]
     workers = configuration.runtime.workers or min(os.cpu_count() or 1, num_clients)
+    reporting = LiveReport(simulation.folder.path)
 
     def observe(report: RoundReport) -> None:
         line = asdict(report)
         evaluated = line.pop("metrics")
         show({**line, **evaluated})
+        reporting.update()
 
     with InProcessGrid("client.app:app", nodes, flatten(configuration), num_workers=workers) as grid:
-        return run_server(grid, configuration, simulation.folder, observe, grid.wait)
+        result = run_server(grid, configuration, simulation.folder, observe, grid.wait)
+    reporting.finish()
+    return result
 
 
 def _through_flower(simulation: Simulation, show: Show, ray_address: str | None) -> dict[str, Any]:
-    folder, seen = simulation.folder, simulation.done
+    folder, seen, reporting = simulation.folder, simulation.done, LiveReport(simulation.folder.path)
     (folder.path / RESULT).unlink(missing_ok=True)
 
     def poll() -> None:
@@ -138,6 +143,7 @@ def _through_flower(simulation: Simulation, show: Show, ray_address: str | None)
             if line["round"] > seen:
                 seen = line["round"]
                 show(line)
+                reporting.update()
 
     defaults = {key: default for key, default, _ in settings()}
     with TemporaryDirectory(prefix="adadpigu-") as neutral:
@@ -153,6 +159,7 @@ def _through_flower(simulation: Simulation, show: Show, ray_address: str | None)
     result = folder.path / RESULT
     if not result.exists():
         raise flower_engine.FlowerRunError(f"the run ended without writing {result}")
+    reporting.finish()
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
