@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
-from simulations import plan_command, report_command
+from simulations import plan_command, report_command, tune_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,7 +106,7 @@ def _simulate(
             )
         simulation = engines.resume(resume)
     else:
-        flat = {**(engines.read_settings(config) if config else {}), **_parse_overrides(overrides)}
+        flat = {**(engines.read_settings(config) if config else {}), **parse_overrides(overrides)}
         if output is not None:
             flat["runtime.output"] = str(output)
         simulation = engines.prepare(flat)
@@ -122,7 +122,8 @@ def _simulate(
     say(console, f"The run is in {simulation.folder.path}")
 
 
-def _parse_overrides(overrides: list[str]) -> dict[str, bool | int | float | str]:
+def parse_overrides(overrides: list[str]) -> dict[str, bool | int | float | str]:
+    """Read settings that were given as KEY=VALUE."""
     flat: dict[str, bool | int | float | str] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -162,6 +163,7 @@ def reproduce(
 
 app.command("plan", help=plan_command.HELP)(plan_command.plan)
 app.command("report", help=report_command.HELP)(report_command.report)
+app.command("tune", help=tune_command.HELP)(tune_command.tune)
 
 
 @app.command("settings")

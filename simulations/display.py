@@ -1,5 +1,6 @@
 """What a person sees while a run works and when it is over: live on a terminal, plain lines anywhere else."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def _epsilon(value: float | None, digits: int) -> str:
 
 
 def _accuracy(metrics: dict[str, Any]) -> str:
-    return f"{metrics['accuracy']:.4f}" if "accuracy" in metrics else ""
+    return f"{metrics['accuracy']:.4f}" if not math.isnan(metrics.get("accuracy", math.nan)) else ""
 
 
 def say(console: Console, text: str) -> None:
