@@ -148,6 +148,7 @@ class RuntimeSettings:
 
     workers: int = _setting(0, "worker processes of a simulation; 0: one a core", least=0)
     evaluate_every: int = _setting(1, "rounds between evaluations on public test data", least=1)
+    tensorboard: bool = _setting(False, "simulation only: write metrics for TensorBoard as well")
     output: str = _setting("", "run folder; empty: a new one under runs/")
 
 

@@ -96,7 +96,8 @@ def plan(
             target_delta,
         )
         entries = _entries(clients, client or [], (num_clients, records, target_epsilon))
-        answer = _answer(solve, _Question(entries, terms, aggregation, noise_multiplier, noise_ratio))
+        with console.status(f"Accounting for {len(entries)} clients"):  # nothing, unless on a terminal
+            answer = _answer(solve, _Question(entries, terms, aggregation, noise_multiplier, noise_ratio))
         show(console, answer, solve, aggregation, parameters)
         if json_file is not None:
             text = json.dumps(to_json(answer, solve, aggregation, parameters), allow_nan=False)

@@ -161,7 +161,7 @@ class LiveReport:
         self._next = ended + _PAUSE * (ended - begun)
 
     def finish(self) -> None:
-        """Write the report."""
+        """Write the report; also that of a run that was stopped, if it has begun."""
         try:
             write_report([self._folder], self._folder / FILE)
         except Exception:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from server.run_folder import CHECKPOINT, CONFIGURATION, RESULT, RunFolder
 from simulations import flower_engine
 from simulations.in_process import InProcessGrid
 from simulations.report import LiveReport
+from simulations.tensorboard_log import TensorBoardLog
 
 ENGINES = ("in-process", "flower")
 _CLIENTS = "clients.csv"
@@ -111,30 +113,54 @@ def simulate(simulation: Simulation, engine: str, show: Show, ray_address: str |
     Raises:
         AdaDPIGUError: If the run failed.
     """
-    if engine == "flower":
-        return _through_flower(simulation, show, ray_address)
+    watchers = _Watchers(simulation, show)
+    try:
+        run = _in_process if engine == "in-process" else partial(_through_flower, ray_address=ray_address)
+        return run(simulation, watchers.see)
+    finally:
+        watchers.finish()
+
+
+class _Watchers:
+    """Everything that is told of every round: the display, the report, and TensorBoard if that is wanted."""
+
+    def __init__(self, simulation: Simulation, show: Show) -> None:
+        path, runtime = simulation.folder.path, simulation.configuration.runtime
+        self._show = show
+        self._report = LiveReport(path)
+        self._log = TensorBoardLog(path) if runtime.tensorboard else None
+
+    def see(self, metrics: dict[str, Any]) -> None:
+        self._show(metrics)
+        self._report.update()
+        if self._log is not None:
+            self._log.add(metrics)
+
+    def finish(self) -> None:
+        self._report.finish()
+        if self._log is not None:
+            self._log.close()
+
+
+def _in_process(simulation: Simulation, see: Show) -> dict[str, Any]:
     configuration = simulation.configuration
     num_clients = configuration.federation.num_clients
     nodes: list[dict[str, Value]] = [
         {"partition-id": index, "num-partitions": num_clients, "simulation": True} for index in range(num_clients)
     ]
     workers = configuration.runtime.workers or min(os.cpu_count() or 1, num_clients)
-    reporting = LiveReport(simulation.folder.path)
 
     def observe(report: RoundReport) -> None:
         line = asdict(report)
         evaluated = line.pop("metrics")
-        show({**line, **evaluated})
-        reporting.update()
+        see({**line, **evaluated})
 
     with InProcessGrid("client.app:app", nodes, flatten(configuration), num_workers=workers) as grid:
-        result = run_server(grid, configuration, simulation.folder, observe, grid.wait)
-    reporting.finish()
-    return result
+        return run_server(grid, configuration, simulation.folder, observe, grid.wait)
 
 
-def _through_flower(simulation: Simulation, show: Show, ray_address: str | None) -> dict[str, Any]:
-    folder, seen, reporting = simulation.folder, simulation.done, LiveReport(simulation.folder.path)
+def _through_flower(simulation: Simulation, see: Show, ray_address: str | None) -> dict[str, Any]:
+    folder, seen = simulation.folder, simulation.done
     (folder.path / RESULT).unlink(missing_ok=True)
 
     def poll() -> None:
@@ -142,8 +168,7 @@ def _through_flower(simulation: Simulation, show: Show, ray_address: str | None)
         for line in folder.metrics():
             if line["round"] > seen:
                 seen = line["round"]
-                show(line)
-                reporting.update()
+                see(line)
 
     defaults = {key: default for key, default, _ in settings()}
     with TemporaryDirectory(prefix="adadpigu-") as neutral:
@@ -159,7 +184,6 @@ def _through_flower(simulation: Simulation, show: Show, ray_address: str | None)
     result = folder.path / RESULT
     if not result.exists():
         raise flower_engine.FlowerRunError(f"the run ended without writing {result}")
-    reporting.finish()
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
