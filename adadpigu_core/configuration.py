@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from adadpigu_core import datasets, factories, models
-from adadpigu_core.accounting import PlanShape
+from adadpigu_core.accounting import NoiseSchedule, PlanShape, pretraining_rounds
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import PRECISIONS, GradientOptions
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.masking import SCHEDULES
 from adadpigu_core.messages import MOST_STEPS, printable
+from adadpigu_core.noise_schedule import LARGEST_RATIO, LEAST_RATIO, NOISE_SCHEDULES
+from adadpigu_core.weights import AGGREGATIONS
 
 Value = bool | int | float | str
 OWNERS = ("server", "client")
 RANKINGS = ("consensus", "local", "random")
-AGGREGATIONS = ("precision", "records", "uniform")
 PARTITIONS = ("iid", "dirichlet")
 OPTIMISERS = ("sgd", "adam")
 DEVICES = ("cpu", "cuda", "auto")
@@ -68,6 +69,9 @@ class FederationSettings:
     num_clients: int = _setting(10, "clients to simulate, or to wait for at the start", least=1)
     num_rounds: int = _setting(100, "rounds in all, pretraining included", least=1)
     local_steps: int = _setting(1, "private steps a client takes in a round", least=1)
+    clients: str = _setting(
+        "", "simulation only: CSV of clients with columns id,records,target_epsilon; empty: all alike"
+    )
     partition: str = _setting("iid", "how simulated clients share the records", choices=PARTITIONS)
     dirichlet_alpha: float = _setting(0.5, "skew of a dirichlet partition; smaller is more skewed", above=0)
     partition_seed: int = _setting(0, "which partition; keep it over runs that share a ledger-dir", least=0)
@@ -85,6 +89,10 @@ class PrivacySettings:
     sampling_probability: float = _setting(0.5, "chance of a record to enter a step", above=0, most=1)
     clipping_norm: float = _setting(1.0, "largest norm of a record's standardised gradient", above=0)
     pretraining_share: float = _setting(0.1, "share of the budget for pretraining, in 1/noise^2", above=0, below=1)
+    noise_schedule: str = _setting("constant", "how noise moves over the training rounds", choices=NOISE_SCHEDULES)
+    final_noise_ratio: float = _setting(
+        1.0, "noise of the last round over that of the first", least=LEAST_RATIO, most=LARGEST_RATIO
+    )
     ledger_dir: str = _setting("", "simulation only: lasting folder of ledgers; empty: inside the run folder")
 
 
@@ -142,6 +150,7 @@ class RuntimeSettings:
 
     workers: int = _setting(0, "worker processes of a simulation; 0: one a core", least=0)
     evaluate_every: int = _setting(1, "rounds between evaluations on public test data", least=1)
+    tensorboard: bool = _setting(False, "simulation only: write metrics for TensorBoard as well")
     output: str = _setting("", "run folder; empty: a new one under runs/")
     device: str = _setting("cpu", "where simulated clients compute; auto: cuda if there is one", choices=DEVICES)
     memory_limit: int = _setting(0, "MiB for one physical batch of a client; 0: automatic", least=0)
@@ -170,9 +179,7 @@ class Configuration:
     @property
     def pretraining_rounds(self) -> int:
         """Rounds of pretraining: at least one if any share is given, but always one is left to train."""
-        rounds = self.federation.num_rounds
-        share = self.pretraining.round_share
-        return min(max(1, round(share * rounds)), rounds - 1) if share > 0 else 0
+        return pretraining_rounds(self.federation.num_rounds, self.pretraining.round_share)
 
     @property
     def plan_shape(self) -> PlanShape:
@@ -183,6 +190,8 @@ class Configuration:
             self.pretraining_rounds * steps,
             (self.federation.num_rounds - self.pretraining_rounds) * steps,
             self.privacy.pretraining_share,
+            NoiseSchedule(self.privacy.noise_schedule, self.privacy.final_noise_ratio),
+            steps,
         )
 
 
@@ -294,6 +303,8 @@ def _contradictions(configuration: Configuration) -> Iterator[str]:
         yield f"task.dataset: {task.dataset!r} is none of {datasets.CHOICES}"
     if task.model not in ("auto", *models.NAMES) and not factories.is_factory(task.model):
         yield f"task.model: {task.model!r} is none of auto, {', '.join(models.NAMES)}, package.module:factory"
+    if federation.clients and federation.partition != "iid":
+        yield "federation.partition: must be iid beside federation.clients, which says how many records each has"
     if federation.num_rounds * federation.local_steps > MOST_STEPS:
         yield f"federation.num-rounds: times federation.local-steps, these are more than {MOST_STEPS} steps"
     retention = configuration.retention

@@ -15,10 +15,10 @@ Left out: protection against whoever may write the file, and against an old copy
 import json
 import time
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adadpigu_core.accounting import PHASES, Event, Plan, epsilon, fits, merge
+from adadpigu_core.accounting import Event, Plan, epsilon, fits, merge
 from adadpigu_core.exceptions import BudgetError, ConfigurationError, LedgerError, MessageError
 from adadpigu_core.ledger_file import NONSENSE, LedgerFile
 
@@ -119,7 +119,7 @@ class Ledger(LedgerFile):
         rows = self._all("SELECT plan FROM plans WHERE data_set = ? AND run = ?", self.data_set, run)
         with self._explained(*NONSENSE):
             plans = [json.loads(text) for (text,) in rows]
-            return Plan(**{phase: Event(**plans[0][phase]) for phase in PHASES}) if plans else None
+            return Plan.from_dict(plans[0]) if plans else None
 
     def record_plan(self, run: str, plan: Plan, target: Target) -> Plan:
         """Fix the plan of a run; the first one recorded stays, and is returned.
@@ -132,7 +132,7 @@ class Ledger(LedgerFile):
                 return recorded
             self._execute(
                 "INSERT INTO plans VALUES (?, ?, ?, ?, ?, ?)",
-                *(self.data_set, run, json.dumps(asdict(plan)), target.epsilon, target.delta, time.time()),
+                *(self.data_set, run, json.dumps(plan.to_dict()), target.epsilon, target.delta, time.time()),
             )
         return plan
 

@@ -24,6 +24,7 @@ from adadpigu_core.accounting import PHASES, Event
 from adadpigu_core.adaptive_clipping import AdaptiveClipping
 from adadpigu_core.exceptions import AdaDPIGUError, MessageError
 from adadpigu_core.models import ModelSpec
+from adadpigu_core.noise_schedule import CONSTANT, NoiseSchedule
 
 PROTOCOL_VERSION = 1
 _KIND = "kind"  # not the name of a field of any message
@@ -65,6 +66,8 @@ class DescribeRequest:
         pretraining_share: Share of the budget for pretraining.
         target_epsilon: Largest budget that the server will make use of.
         target_delta: Its delta.
+        noise_schedule: How the noise of training is to move from round to round.
+        steps_per_round: Private steps of a round.
     """
 
     run: str
@@ -77,6 +80,8 @@ class DescribeRequest:
     pretraining_share: float
     target_epsilon: float
     target_delta: float
+    noise_schedule: NoiseSchedule = CONSTANT
+    steps_per_round: int = 1
 
     def __post_init__(self) -> None:
         steps = self.pretraining_steps + self.training_steps
@@ -96,7 +101,7 @@ class Description:
         target_epsilon: Budget that holds for this run: the smaller of the server's and the client's own.
         target_delta: Its delta.
         pretraining_noise_multiplier: Of every pretraining step.
-        training_noise_multiplier: Of every training step.
+        training_noise_multiplier: Of every step of the first training round; the schedule says how it goes on.
         spent: Everything that the ledger holds.
     """
 

@@ -116,6 +116,8 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
                 request.pretraining_steps,
                 request.training_steps,
                 request.pretraining_share,
+                request.noise_schedule,
+                request.steps_per_round,
             )
             plan = calibrate(shape, asked.epsilon, asked.delta, ledger.events())
         site.limits.check_sampling(request.sampling_probability)
@@ -216,9 +218,10 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     stored = ledger.memory(request.run) or archive.pack({}, {})
     memory: Memory = archive.unpack(stored)[0]
     mask = _mask(request, memory, layout)
-    event = plan.event(request.phase)
-    planned = f"the plan of this run has {event.count} {request.phase} steps, not {request.steps}"
-    require(request.steps <= event.count, "steps", planned)
+    most = plan.event(request.phase).count
+    planned = f"the plan of this run has {most} {request.phase} steps, not {request.steps}"
+    require(request.steps <= most, "steps", planned)
+    event = plan.step_event(request.phase, request.round)
     site.limits.check_round(replace(event, count=request.steps))
     with _named_by_the_server():
         mechanism = Mechanism(

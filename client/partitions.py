@@ -12,17 +12,69 @@ records, because the unit of protection is one record of one client.
 import math
 import sys
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adadpigu_core.client_list import ClientEntry, read_clients
 from adadpigu_core.exceptions import ConfigurationError
 
 SCHEMES = ("iid", "dirichlet")
 Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How records are dealt out in a simulation.
+
+    Args:
+        scheme: ``iid`` or ``dirichlet``.
+        alpha: Skew of a dirichlet deal.
+        seed: Seed of the deal.
+        clients: CSV file that says how many records each client has; empty = even shares, or as dirichlet deals.
+    """
+
+    scheme: str
+    alpha: float
+    seed: int
+    clients: str = ""
+
+
+def deal(labels: NDArray[np.integer[Any]], num_clients: int, how: Deal) -> list[Indices]:
+    """Deal records out; for each client the sorted indices of its records.
+
+    Raises:
+        ConfigurationError: If the file of clients cannot be used, or there is no such deal.
+    """
+    if not how.clients:
+        return partition(labels, num_partitions=num_clients, scheme=how.scheme, alpha=how.alpha, seed=how.seed)
+    entries = listed_clients(how.clients)
+    if len(entries) != num_clients:
+        raise ConfigurationError(
+            f"federation.num-clients: is {num_clients}, but {how.clients} lists {len(entries)}; set it to that"
+        )
+    return partition_by_size(len(labels), [entry.records for entry in entries], how.seed)
+
+
+def listed_clients(path: str) -> tuple[ClientEntry, ...]:
+    """The clients of a CSV file, read once a process unless it changes."""
+    try:
+        version = Path(path).stat().st_mtime_ns
+    except OSError:
+        version = 0  # reading says what is wrong
+    return _listed_clients(path, version)
+
+
+@lru_cache(maxsize=4)
+def _listed_clients(path: str, _version: int) -> tuple[ClientEntry, ...]:
+    return read_clients(Path(path))
 
 
 def partition(
@@ -51,6 +103,26 @@ def partition(
     if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels))):
         raise ConfigurationError(f"alpha is {alpha}: the shares cannot be computed in floating point")
     return parts
+
+
+def partition_by_size(num_records: int, sizes: Sequence[int], seed: int) -> list[Indices]:
+    """Deal a shuffled deck out in pieces of given sizes; records that are left over belong to nobody.
+
+    Args:
+        num_records: How many records there are.
+        sizes: How many each client gets.
+        seed: Seed of the deal.
+
+    Returns:
+        For each client the sorted indices of its records, disjoint.
+
+    Raises:
+        ConfigurationError: If there are too few records.
+    """
+    if sum(sizes) > num_records:
+        raise ConfigurationError(f"the clients have {sum(sizes)} records together, but there are only {num_records}")
+    order = np.random.default_rng(seed).permutation(num_records)
+    return [np.sort(part) for part in np.split(order, np.cumsum(sizes))[:-1]]
 
 
 def _check(num_records: int, num_partitions: int, scheme: str, alpha: float) -> None:

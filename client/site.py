@@ -26,7 +26,7 @@ from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import DEFAULTS, PRECISIONS, GradientOptions
 from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
-from client.partitions import partition
+from client.partitions import Deal, deal, listed_clients
 from client.policy import Limits, load
 
 
@@ -148,9 +148,10 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
         raise ConfigurationError(f"there is no partition {index!r} of {count!r}")
     federation, privacy = configuration.federation, configuration.privacy
     dataset = configuration.task.dataset
-    deal = (federation.partition, federation.dirichlet_alpha, federation.partition_seed)
+    how = Deal(federation.partition, federation.dirichlet_alpha, federation.partition_seed, federation.clients)
     device = available_device(configuration.runtime.device)
-    records, content = _share(dataset, index, count, deal, device)
+    records, content = _share(dataset, index, count, how, device)
+    entry = listed_clients(how.clients)[index] if how.clients else None
     folder = (
         Path(privacy.ledger_dir).expanduser()
         if privacy.ledger_dir
@@ -160,12 +161,14 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
     stem = re.sub(r"[^a-z0-9-]+", "-", dataset.lower())[-100:]
     seeded = node_config.get("simulation") is True
     return Site(
-        name=f"client-{index}",
+        name=entry.id if entry else f"client-{index}",
         records=records,
         content=content,
         data_set=f"{dataset}/{index}-of-{count}",
         ledger=folder / f"{stem}-{index}-of-{count}.sqlite",
-        limits=Limits.of_simulation(Target(privacy.target_epsilon, privacy.target_delta)),
+        limits=Limits.of_simulation(
+            Target(entry.target_epsilon if entry else privacy.target_epsilon, privacy.target_delta)
+        ),
         num_records=len(records),
         num_classes=_data_set(dataset).num_classes,
         simulation_key=(configuration.seed, index) if seeded else None,
@@ -180,17 +183,15 @@ def _data_set(name: str) -> datasets.DataSet:
 
 
 @lru_cache(maxsize=1024)
-def _share(dataset: str, index: int, count: int, split: tuple[str, float, int], device: str) -> tuple[Records, str]:
+def _share(dataset: str, index: int, count: int, split: Deal, device: str) -> tuple[Records, str]:
     shares = _split(dataset, count, split)
     records = _data_set(dataset).train.select(torch.from_numpy(shares[index]))
     return records.to(device), records.fingerprint()
 
 
 @lru_cache(maxsize=4)
-def _split(dataset: str, count: int, split: tuple[str, float, int]) -> list[NDArray[np.int64]]:
-    scheme, alpha, seed = split
-    labels = _data_set(dataset).train.labels.numpy()
-    return partition(labels, num_partitions=count, scheme=scheme, alpha=alpha, seed=seed)
+def _split(dataset: str, count: int, split: Deal) -> list[NDArray[np.int64]]:
+    return deal(_data_set(dataset).train.labels.numpy(), count, split)
 
 
 def data_set_name(node_config: Mapping[str, Value]) -> str:

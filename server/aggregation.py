@@ -1,8 +1,7 @@
 """Putting released updates together with public weights.
 
-A weight is a function of what a client declares: ``precision`` is the inverse variance of its release, so that a client
-with a small budget or few records counts less instead of spoiling the round; ``records`` is the declared number of
-records; ``uniform`` is one. A client that is absent changes the weights and never the noise.
+A weight is a function of what a client declares, see ``adadpigu_core.weights``. A client that is absent changes the
+weights and never the noise.
 
 What a client declares also bounds what it can honestly release, ``largest_norm``: clipping bounds the signal, and noise
 of a known size is hardly ever much longer than expected. Left out: everything else against clients that lie.
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.weights import public_weight
 
 # Honest releases stay within their bound by this much: a declared number of records may be rounded, and the number of
 # records drawn varies.
@@ -37,28 +36,6 @@ class Contribution:
     mask: Tensor
     weight: float
     noise_stddev: float
-
-
-def public_weight(kind: str, *, num_records: int, noise_multiplier: float, sampling_probability: float) -> float:
-    """Weight of a client.
-
-    Args:
-        kind: ``precision``, ``records`` or ``uniform``.
-        num_records: Declared by the client.
-        noise_multiplier: Of its private steps.
-        sampling_probability: Of its private steps.
-
-    Raises:
-        ConfigurationError: For an unknown kind.
-    """
-    if kind == "precision" and noise_multiplier > 0:
-        # the clipping norm and the number of steps are the same for all and cancel
-        return (sampling_probability * num_records / noise_multiplier) ** 2
-    if kind in ("precision", "records"):
-        return float(num_records)
-    if kind == "uniform":
-        return 1.0
-    raise ConfigurationError(f"federation.aggregation: unknown value {kind!r}")
 
 
 def largest_norm(
@@ -106,3 +83,6 @@ def aggregate(contributions: Sequence[Contribution]) -> Aggregate:
     mask = weights > 0
     safe = torch.where(mask, weights, 1.0)
     return Aggregate((total / safe).float(), mask, (variance.sqrt() / safe).float())
+
+
+__all__ = ["Aggregate", "Contribution", "aggregate", "largest_norm", "public_weight"]

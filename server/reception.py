@@ -6,7 +6,7 @@ own data set alone. A client that lies within these bounds is not found out.
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -74,19 +74,20 @@ class Reception:
         phase = Schedule(self.configuration).phase(asked_in)
         for name, value in (("run", self.state.run), ("round", asked_in), ("phase", phase)):
             require(getattr(message, name) == value, name, f"is not {value}, which was asked for")
-        event = self._event(member, phase)
+        event = self._event(member, phase, asked_in)
         account.witness(event)
         if late or self.cohort.get(node) is None:
             log.warning("%s answered round %d too late; it counts in the tally only", account.name, asked_in)
             return None
         return self._contribution(message, member, event, expected)
 
-    def _event(self, member: Member, phase: str) -> Event:
+    def _event(self, member: Member, phase: str, round_number: int) -> Event:
         """What a client's round costs, by its own description."""
         described = member.description
-        noise = described.pretraining_noise_multiplier if phase == PRETRAINING else described.training_noise_multiplier
-        probability = self.configuration.privacy.sampling_probability
-        return Event(phase, noise, probability, self.configuration.federation.local_steps)
+        plan = self.configuration.plan_shape.with_noise(
+            described.pretraining_noise_multiplier, described.training_noise_multiplier
+        )
+        return replace(plan.step_event(phase, round_number), count=self.configuration.federation.local_steps)
 
     def _contribution(self, message: TrainReply, member: Member, event: Event, expected: Expected) -> Contribution:
         asked = expected.asked[member.node]

@@ -76,6 +76,8 @@ class Requests:
             pretraining_share=plan.pretraining_share,
             target_epsilon=privacy.target_epsilon,
             target_delta=privacy.target_delta,
+            noise_schedule=plan.noise_schedule,
+            steps_per_round=plan.steps_per_round,
         )
 
     def train(self, work: RoundWork, asked: Asked, *, send_mask: bool) -> TrainRequest:

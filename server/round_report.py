@@ -18,6 +18,9 @@ class RoundReport:
         bytes_up: Payload received so far.
         bytes_down: Payload sent so far.
         seconds: Duration of the round.
+        retained_by_layer: The same for each parameter of the model.
+        epsilons: Epsilon spent so far by each client of the tally.
+        stages: Seconds of waiting for clients, of aggregating and of evaluating.
         metrics: What the evaluation on public data said; empty if there was none.
     """
 
@@ -31,6 +34,9 @@ class RoundReport:
     bytes_up: int
     bytes_down: int
     seconds: float
+    retained_by_layer: dict[str, float]
+    epsilons: dict[str, float]
+    stages: dict[str, float]
     metrics: dict[str, float]
 
 

@@ -6,6 +6,8 @@
     checkpoint.npz   everything that is needed to go on
     result.json      the outcome, when the run is over
 
+A simulation adds report.html, for people, and clients.csv if its clients come from a list.
+
 Files are replaced in one step, so that a run that is killed leaves whole files. Numbers that are not finite, which
 JSON does not know, are written as null: an epsilon of null is infinite.
 """

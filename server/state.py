@@ -19,7 +19,7 @@ from server.tally import Tally
 
 _IMPORTANCE, _STATISTICS = "importance.", "statistics."
 # A run may go on with others of these: they decide on nothing that a client has planned for or released.
-_FREE_TO_CHANGE = ("runtime.", "federation.round-timeout", "federation.start-timeout")
+_FREE_TO_CHANGE = ("runtime.", "federation.round-timeout", "federation.start-timeout", "federation.clients")
 
 
 @dataclass

@@ -254,15 +254,22 @@ class AdaDPIGU(Strategy):
         members = len(self.cohort)
         messages = list(self.configure_train(number, ArrayRecord(), ConfigRecord(), grid))
         self._exchange.send(messages, number)
-        _, metrics = self.aggregate_train(number, self._exchange.collect(TRAIN, number, timeout))
+        replies = self._exchange.collect(TRAIN, number, timeout)
+        collected = time.monotonic()
+        _, metrics = self.aggregate_train(number, replies)
+        aggregated = time.monotonic()
         self.state.round = number
         self.state.bytes_up += self._exchange.bytes_up - up
         self.state.bytes_down += self._exchange.bytes_down - down
+        begun_evaluation = time.monotonic()
         evaluated = self._evaluate(number, evaluate_fn, result)
+        evaluation = time.monotonic() - begun_evaluation
         if metrics is not None:
             result.train_metrics_clientapp[number] = metrics
         clients, refused = (int(metrics[key]) for key in ("clients", "refused")) if metrics else (0, 0)  # type: ignore[arg-type]
         self.state.seconds += time.monotonic() - begun
+        stages = {"clients": collected - begun, "aggregation": aggregated - collected}
+        mask = self._expected.standardisation.mask.double()
         self._observer(
             RoundReport(
                 round=number,
@@ -270,7 +277,10 @@ class AdaDPIGU(Strategy):
                 clients=clients,
                 missing=members - clients - refused,
                 refused=refused,
-                retained=float(self._expected.standardisation.mask.double().mean()),
+                retained=float(mask.mean()),
+                retained_by_layer={name: float(part.mean()) for name, part in self.state.layout.split(mask).items()},
+                epsilons=self.state.tally.epsilons,
+                stages={**stages, "evaluation": evaluation},
                 epsilon=self.state.tally.largest_epsilon,
                 bytes_up=self.state.bytes_up,
                 bytes_down=self.state.bytes_down,

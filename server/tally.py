@@ -8,6 +8,7 @@ from its own client: who that is, is for the caller to know. The tally watches; 
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -155,15 +156,21 @@ class Tally:
         """The largest epsilon that any client has spent."""
         return max((account.epsilon for account in self._accounts.values()), default=0.0)
 
+    @property
+    def epsilons(self) -> dict[str, float]:
+        """What every client has spent, by its id."""
+        return {name: account.epsilon for name, account in self._named()}
+
     def report(self) -> list[dict[str, Any]]:
         """Give every account; its id is its name, or its data set where names are missing or shared."""
-        names = [account.name for account in self.accounts]
+        return [{"id": name, **account.report()} for name, account in self._named()]
+
+    def _named(self) -> list[tuple[str, Account]]:
+        accounts = self.accounts
+        names = Counter(account.name for account in accounts)
         return [
-            {
-                "id": account.name if account.name and names.count(account.name) == 1 else account.data_set,
-                **account.report(),
-            }
-            for account in self.accounts
+            (account.name if account.name and names[account.name] == 1 else account.data_set, account)
+            for account in accounts
         ]
 
     def state(self) -> list[dict[str, Any]]:

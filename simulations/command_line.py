@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
-from simulations import doctor_commands, ledger_commands, node_commands, policy_commands
+from simulations import (
+    doctor_commands,
+    ledger_commands,
+    node_commands,
+    plan_command,
+    policy_commands,
+    report_command,
+    tune_command,
+)
 from simulations.benchmarks.command_line import app as benchmark
 from simulations.failure import failed
 
@@ -93,7 +101,6 @@ def _simulate(
     output: Path | None,
     resume: Path | None,
 ) -> None:
-    from adadpigu_core.configuration import read_toml
     from simulations import simulate as engines
     from simulations.display import introduce, progressing, say, show_result
 
@@ -106,7 +113,7 @@ def _simulate(
             )
         simulation = engines.resume(resume)
     else:
-        flat = {**(read_toml(config) if config else {}), **_parse_overrides(overrides)}
+        flat = {**(engines.read_settings(config) if config else {}), **parse_overrides(overrides)}
         if output is not None:
             flat["runtime.output"] = str(output)
         simulation = engines.prepare(flat)
@@ -122,7 +129,8 @@ def _simulate(
     say(console, f"The run is in {simulation.folder.path}")
 
 
-def _parse_overrides(overrides: list[str]) -> dict[str, bool | int | float | str]:
+def parse_overrides(overrides: list[str]) -> dict[str, bool | int | float | str]:
+    """Read settings that were given as KEY=VALUE."""
     flat: dict[str, bool | int | float | str] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -143,7 +151,7 @@ def _parse_value(text: str) -> bool | int | float | str:
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="Which: digits or mnist.")],
+    table: Annotated[str, typer.Argument(help="Which: digits, mnist or heterogeneous.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry, with seeds from 0.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs that are there are kept.")] = None,
 ) -> None:
@@ -158,6 +166,11 @@ def reproduce(
     except AdaDPIGUError as error:
         raise failed(error) from error
     console.print(text, markup=False, soft_wrap=True, highlight=False)
+
+
+app.command("plan", help=plan_command.HELP)(plan_command.plan)
+app.command("report", help=report_command.HELP)(report_command.report)
+app.command("tune", help=tune_command.HELP)(tune_command.tune)
 
 
 @app.command("settings")

@@ -1,8 +1,10 @@
 """What a person sees while a run works and when it is over: live on a terminal, plain lines anywhere else."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from adadpigu_core.accounting import PHASES
+from adadpigu_core.client_list import read_clients
 from adadpigu_core.configuration import Configuration
 
 _SECONDS_BETWEEN_LINES = 2.0
@@ -88,7 +91,7 @@ def _epsilon(value: float | None, digits: int) -> str:
 
 
 def _accuracy(metrics: dict[str, Any]) -> str:
-    return f"{metrics['accuracy']:.4f}" if "accuracy" in metrics else ""
+    return f"{metrics['accuracy']:.4f}" if not math.isnan(metrics.get("accuracy", math.nan)) else ""
 
 
 def say(console: Console, text: str) -> None:
@@ -110,7 +113,7 @@ def introduce(console: Console, configuration: Configuration, records: list[int]
     say(
         console,
         f"{federation.num_clients} clients with {sizes} records of {configuration.task.dataset}; "
-        f"each may spend epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} "
+        f"each may spend {_budgets(configuration)} at delta {privacy.target_delta:g} "
         f"over {federation.num_rounds} rounds.",
     )
     say(console, "A simulation: its noise follows from the seed, and protects nobody from those who know the seed.")
@@ -123,6 +126,14 @@ def introduce(console: Console, configuration: Configuration, records: list[int]
             console,
             "Ledgers: new ones in the run folder, so that budgets start afresh (privacy.ledger-dir keeps them).",
         )
+
+
+def _budgets(configuration: Configuration) -> str:
+    most, clients = configuration.privacy.target_epsilon, configuration.federation.clients
+    if not clients:
+        return f"epsilon {most:g}"
+    targets = [min(entry.target_epsilon, most) for entry in read_clients(Path(clients))]
+    return f"its own budget, from epsilon {min(targets):g} to {max(targets):g},"
 
 
 def show_result(console: Console, result: dict[str, Any]) -> None:
@@ -149,15 +160,20 @@ def _clients(clients: list[dict[str, Any]]) -> Table:
     for heading in ("records", "noise multiplier", "epsilon spent of target", "releases"):
         table.add_column(heading, justify="right")
     for client in clients:
-        noise = {event["phase"]: f"{event['noise_multiplier']:.3f}" for event in client["events"]}
         table.add_row(
             client["id"],
             str(client["num_records"]),
-            " / ".join(dict.fromkeys(noise[phase] for phase in PHASES if phase in noise)),
+            " / ".join(dict.fromkeys(noise for phase in PHASES if (noise := _noise(client["events"], phase)))),
             f"{_epsilon(client['epsilon'], 3)} of {client['target_epsilon']:g}",
             str(sum(event["count"] for event in client["events"])),
         )
     return table
+
+
+def _noise(events: list[dict[str, Any]], phase: str) -> str:
+    """Noise multiplier of a phase; the range of it, if it moves from round to round."""
+    noise = sorted(event["noise_multiplier"] for event in events if event["phase"] == phase)
+    return " to ".join(dict.fromkeys(f"{value:.3f}" for value in (noise[0], noise[-1]))) if noise else ""
 
 
 def _size(num_bytes: float) -> str:

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core.configuration import Value, read_toml
+from adadpigu_core.configuration import Value
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.provenance import code_fingerprint
 from server.run_folder import CONFIGURATION, RESULT
 from simulations.display import Progressing
-from simulations.simulate import prepare, resume, simulate
+from simulations.simulate import prepare, read_settings, resume, simulate
 
 Watch = Callable[[int, int], AbstractContextManager[Progressing]]
 
@@ -57,6 +56,31 @@ TABLES = {
         "MNIST, 10 clients, IID", "mnist.toml", {8.0: {}, 4.0: {}, 1.0: {"optimiser.local-learning-rate": 0.2}}
     ),
 }
+
+
+@dataclass(frozen=True)
+class WeightsTable:
+    """What the table of ways to weight clients compares.
+
+    Args:
+        name: On the command line.
+        title: For the heading.
+        settings: Name of the settings file in ``experiments/``.
+        kinds: For each kind of weight what differs from the file.
+    """
+
+    name: str
+    title: str
+    settings: str
+    kinds: dict[str, dict[str, Value]]
+
+
+WEIGHTS = WeightsTable(
+    "heterogeneous",
+    "Digits, 10 clients with 60 to 240 records and budgets from epsilon 0.5 to 8",
+    "heterogeneous.toml",
+    {"precision": {}, "records": {}, "uniform": {}},
+)
 METHODS: dict[str, tuple[str, dict[str, Value]]] = {"adadpigu": ("AdaDPIGU", {}), "dp-fedsgd": ("DP-FedSGD", PLAIN)}
 
 
@@ -73,14 +97,22 @@ def reproduce(name: str, seeds: int, output: Path, watch: Watch, say: Callable[[
     Raises:
         ConfigurationError: If there is no such table.
     """
+    if name == WEIGHTS.name:
+        return _reproduce_weights(seeds, output, watch, say)
     if name not in TABLES:
-        raise ConfigurationError(f"there is no table {name!r}; choose {', '.join(TABLES)}")
+        raise ConfigurationError(f"there is no table {name!r}; choose {', '.join((*TABLES, WEIGHTS.name))}")
     table = TABLES[name]
     results: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for epsilon in table.budgets:
         for method in METHODS:
             runs = [
-                _run(table, method, epsilon, seed, output / f"{method}-epsilon-{epsilon:g}-seed-{seed}", watch, say)
+                _run(
+                    _settings(table, method, epsilon, seed),
+                    output / f"{method}-epsilon-{epsilon:g}-seed-{seed}",
+                    f"{METHODS[method][0]}, epsilon {epsilon:g}, seed {seed}",
+                    watch,
+                    say,
+                )
                 for seed in range(seeds)
             ]
             results[epsilon, method] = runs
@@ -89,24 +121,58 @@ def reproduce(name: str, seeds: int, output: Path, watch: Watch, say: Callable[[
     return text
 
 
-def _run(
-    table: Table, method: str, epsilon: float, seed: int, folder: Path, watch: Watch, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _settings(table: Table, method: str, epsilon: float, seed: int) -> dict[str, Value]:
+    return {
+        **read_settings(_EXPERIMENTS / table.settings),
+        **METHODS[method][1],
+        **table.budgets[epsilon],
+        "privacy.target-epsilon": epsilon,
+        **_seeded(seed),
+    }
+
+
+def _seeded(seed: int) -> dict[str, Value]:
+    return {"seed": seed, "federation.partition-seed": seed}
+
+
+def _run(flat: dict[str, Value], folder: Path, title: str, watch: Watch, say: Callable[[str], None]) -> dict[str, Any]:
     if not (folder / RESULT).exists():
-        say(f"{METHODS[method][0]}, epsilon {epsilon:g}, seed {seed}")
-        flat = {
-            **read_toml(_EXPERIMENTS / table.settings),
-            **METHODS[method][1],
-            **table.budgets[epsilon],
-            "privacy.target-epsilon": epsilon,
-            "seed": seed,
-            "federation.partition-seed": seed,
-            "runtime.output": str(folder),
-        }
-        simulation = resume(folder) if (folder / CONFIGURATION).exists() else prepare(flat)
+        say(title)
+        begun = (folder / CONFIGURATION).exists()
+        simulation = resume(folder) if begun else prepare({**flat, "runtime.output": str(folder)})
         with watch(simulation.configuration.federation.num_rounds, simulation.done) as progress:
             return simulate(simulation, "in-process", progress.show)
     return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+
+
+def _reproduce_weights(seeds: int, output: Path, watch: Watch, say: Callable[[str], None]) -> str:
+    """The table of ways to weight clients with different budgets: the same clients, plans and seeds for all."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for kind, changes in WEIGHTS.kinds.items():
+        fixed = {**read_settings(_EXPERIMENTS / WEIGHTS.settings), **changes, "federation.aggregation": kind}
+        results[kind] = [
+            _run({**fixed, **_seeded(seed)}, output / f"{kind}-seed-{seed}", f"{kind} weights, seed {seed}", watch, say)
+            for seed in range(seeds)
+        ]
+    text = _weights_markdown(results, seeds)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _weights_markdown(results: dict[str, list[dict[str, Any]]], seeds: int) -> str:
+    accuracies = {kind: [100 * run["accuracy"] for run in runs] for kind, runs in results.items()}
+    lines = [
+        f"**{WEIGHTS.title}** (accuracy on test data in %, last iterate, mean ± standard deviation over {seeds} seeds)",
+        "",
+        "| weights | accuracy | precision minus these, paired | largest share of a client's budget spent |",
+        "|---|---|---|---|",
+    ]
+    for kind, values in accuracies.items():
+        differences = [best - value for best, value in zip(accuracies["precision"], values, strict=True)]
+        gain = "" if kind == "precision" else _spread(differences, sign="+")
+        shares = [client["epsilon"] / client["target_epsilon"] for run in results[kind] for client in run["clients"]]
+        lines.append(f"| {kind} | {_spread(values)} | {gain} | {max(shares):.4f} |")
+    return "\n".join([*lines, "", _origin(WEIGHTS.name, seeds, [run for runs in results.values() for run in runs]), ""])
 
 
 def _markdown(table: Table, results: dict[tuple[float, str], list[dict[str, Any]]], name: str, seeds: int) -> str:
@@ -125,14 +191,17 @@ def _markdown(table: Table, results: dict[tuple[float, str], list[dict[str, Any]
         lines.append(
             f"| {epsilon:g} | {_spread(ours)} | {_spread(plain)} | {_spread(differences, sign='+')} | {spent:.3f} |"
         )
-    rounds = {run["rounds"] for runs in results.values() for run in runs}
-    lines += [
-        "",
-        f"`adadpigu reproduce {name} --seeds {seeds}`; seeds 0 to {seeds - 1}, {'/'.join(map(str, sorted(rounds)))} "
-        f"rounds; commit {_commit()}, code {code_fingerprint()}; {os.cpu_count()} cores {platform.machine()}, no GPU.",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _origin(name, seeds, [run for runs in results.values() for run in runs]), ""])
+
+
+def _origin(name: str, seeds: int, runs: list[dict[str, Any]]) -> str:
+    """Say how a table was made."""
+    rounds = "/".join(str(number) for number in sorted({run["rounds"] for run in runs}))
+    codes = "/".join(sorted({run["code"] for run in runs}))
+    return (
+        f"`adadpigu reproduce {name} --seeds {seeds}`; seeds 0 to {seeds - 1}, {rounds} rounds; "
+        f"commit {_commit()}, code {codes}; {os.cpu_count()} cores {platform.machine()}, no GPU."
+    )
 
 
 def _spread(values: list[float], sign: str = "") -> str:

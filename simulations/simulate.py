@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,15 +13,18 @@ from typing import Any
 from adadpigu_core import datasets
 from adadpigu_core.configuration import Configuration, Value, flatten, parse, read_toml, settings, to_toml
 from adadpigu_core.exceptions import ConfigurationError
-from client.partitions import partition
+from client.partitions import Deal, deal, listed_clients
 from server.app import model_spec
 from server.app import run as run_server
 from server.round_report import RoundReport
 from server.run_folder import CHECKPOINT, CONFIGURATION, RESULT, RunFolder
 from simulations import flower_engine
 from simulations.in_process import InProcessGrid
+from simulations.report import LiveReport
+from simulations.tensorboard_log import TensorBoardLog
 
 ENGINES = ("in-process", "flower")
+_CLIENTS = "clients.csv"
 Show = Callable[[dict[str, Any]], None]
 
 
@@ -59,10 +63,9 @@ def prepare(flat: Mapping[str, Value]) -> Simulation:
     configuration = replace(
         configuration,
         task=replace(configuration.task, dataset=_absolute(configuration.task.dataset)),
+        federation=replace(configuration.federation, clients=_absolute_path(configuration.federation.clients)),
         runtime=replace(configuration.runtime, output=str(folder)),
-        privacy=replace(
-            configuration.privacy, ledger_dir=str(Path(ledgers).expanduser().absolute()) if ledgers else ""
-        ),
+        privacy=replace(configuration.privacy, ledger_dir=_absolute_path(ledgers)),
     )
     data = datasets.load(configuration.task.dataset)
     model_spec(configuration, data)  # to see whether it fits, before a folder is made
@@ -70,6 +73,7 @@ def prepare(flat: Mapping[str, Value]) -> Simulation:
     if ledgers:
         _claim_ledgers(configuration)
     run_folder = RunFolder(folder)
+    configuration = _keep_clients(configuration, run_folder)
     run_folder.write_text(CONFIGURATION, to_toml(configuration))
     return Simulation(configuration, run_folder, records, done=0)
 
@@ -85,7 +89,12 @@ def resume(path: Path) -> Simulation:
     configuration = parse(read_toml(path / CONFIGURATION))
     folder = RunFolder(path)
     # the folder may have been moved since
-    configuration = replace(configuration, runtime=replace(configuration.runtime, output=str(folder.path)))
+    clients = str(folder.path / _CLIENTS) if configuration.federation.clients else ""
+    configuration = replace(
+        configuration,
+        runtime=replace(configuration.runtime, output=str(folder.path)),
+        federation=replace(configuration.federation, clients=clients),
+    )
     checkpoint = folder.load_checkpoint()
     done = int(checkpoint[1]["round"]) if checkpoint else 0
     records = _shares(configuration, datasets.load(configuration.task.dataset))
@@ -104,8 +113,36 @@ def simulate(simulation: Simulation, engine: str, show: Show, ray_address: str |
     Raises:
         AdaDPIGUError: If the run failed.
     """
-    if engine == "flower":
-        return _through_flower(simulation, show, ray_address)
+    watchers = _Watchers(simulation, show)
+    try:
+        run = _in_process if engine == "in-process" else partial(_through_flower, ray_address=ray_address)
+        return run(simulation, watchers.see)
+    finally:
+        watchers.finish()
+
+
+class _Watchers:
+    """Everything that is told of every round: the display, the report, and TensorBoard if that is wanted."""
+
+    def __init__(self, simulation: Simulation, show: Show) -> None:
+        path, runtime = simulation.folder.path, simulation.configuration.runtime
+        self._show = show
+        self._report = LiveReport(path)
+        self._log = TensorBoardLog(path) if runtime.tensorboard else None
+
+    def see(self, metrics: dict[str, Any]) -> None:
+        self._show(metrics)
+        self._report.update()
+        if self._log is not None:
+            self._log.add(metrics)
+
+    def finish(self) -> None:
+        self._report.finish()
+        if self._log is not None:
+            self._log.close()
+
+
+def _in_process(simulation: Simulation, see: Show) -> dict[str, Any]:
     configuration = simulation.configuration
     num_clients = configuration.federation.num_clients
     nodes: list[dict[str, Value]] = [
@@ -116,13 +153,13 @@ def simulate(simulation: Simulation, engine: str, show: Show, ray_address: str |
     def observe(report: RoundReport) -> None:
         line = asdict(report)
         evaluated = line.pop("metrics")
-        show({**line, **evaluated})
+        see({**line, **evaluated})
 
     with InProcessGrid("client.app:app", nodes, flatten(configuration), num_workers=workers) as grid:
         return run_server(grid, configuration, simulation.folder, observe, grid.wait)
 
 
-def _through_flower(simulation: Simulation, show: Show, ray_address: str | None) -> dict[str, Any]:
+def _through_flower(simulation: Simulation, see: Show, ray_address: str | None) -> dict[str, Any]:
     folder, seen = simulation.folder, simulation.done
     (folder.path / RESULT).unlink(missing_ok=True)
 
@@ -131,7 +168,7 @@ def _through_flower(simulation: Simulation, show: Show, ray_address: str | None)
         for line in folder.metrics():
             if line["round"] > seen:
                 seen = line["round"]
-                show(line)
+                see(line)
 
     defaults = {key: default for key, default, _ in settings()}
     with TemporaryDirectory(prefix="adadpigu-") as neutral:
@@ -156,6 +193,32 @@ def _absolute(dataset: str) -> str:
     return f"{prefix}{Path(path).expanduser().absolute()}" if prefix and path else dataset
 
 
+def read_settings(path: Path) -> dict[str, Value]:
+    """Read a settings file; a list of clients that it names is looked for beside it.
+
+    Raises:
+        ConfigurationError: If the file is missing or is not TOML.
+    """
+    flat = read_toml(path)
+    clients = flat.get("federation.clients")
+    if isinstance(clients, str) and clients:
+        flat["federation.clients"] = str(path.parent / Path(clients).expanduser())
+    return flat
+
+
+def _keep_clients(configuration: Configuration, folder: RunFolder) -> Configuration:
+    """Copy the list of clients into the run, so that the run can go on whatever becomes of the original."""
+    federation = configuration.federation
+    if not federation.clients:
+        return configuration
+    folder.write_text(_CLIENTS, Path(federation.clients).read_text(encoding="utf-8-sig"))
+    return replace(configuration, federation=replace(federation, clients=str(folder.path / _CLIENTS)))
+
+
+def _absolute_path(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""
+
+
 def _default_output(configuration: Configuration) -> str:
     name = Path(datasets.taken_apart(configuration.task.dataset)[1].partition("#")[0]).stem
     return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -164,13 +227,8 @@ def _default_output(configuration: Configuration) -> str:
 def _shares(configuration: Configuration, data: datasets.DataSet) -> list[int]:
     """Number of records of each client; the clients deal them out again, in the same way."""
     federation = configuration.federation
-    shares = partition(
-        data.train.labels.numpy(),
-        num_partitions=federation.num_clients,
-        scheme=federation.partition,
-        alpha=federation.dirichlet_alpha,
-        seed=federation.partition_seed,
-    )
+    how = Deal(federation.partition, federation.dirichlet_alpha, federation.partition_seed, federation.clients)
+    shares = deal(data.train.labels.numpy(), federation.num_clients, how)
     return [len(share) for share in shares]
 
 
@@ -180,23 +238,25 @@ def _claim_ledgers(configuration: Configuration) -> None:
     Dealt out otherwise, the same records would be charged to other ledgers, and none would show what they have spent.
     """
     federation = configuration.federation
-    deal = {
+    clients = federation.clients
+    wanted = {
         "task.dataset": configuration.task.dataset,
         "federation.num-clients": federation.num_clients,
         "federation.partition": federation.partition,
         "federation.dirichlet-alpha": federation.dirichlet_alpha,
         "federation.partition-seed": federation.partition_seed,
+        "records of federation.clients": [entry.records for entry in listed_clients(clients)] if clients else None,
     }
     folder = Path(configuration.privacy.ledger_dir)
     path = folder / "partition.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.write_text(json.dumps(deal, indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigurationError(f"privacy.ledger-dir: {path} cannot be used ({error})") from error
-    different = [f"{key} = {known.get(key)!r}" for key, value in deal.items() if known.get(key) != value]
+    different = [f"{key} = {known.get(key)!r}" for key, value in wanted.items() if known.get(key) != value]
     if different:
         raise ConfigurationError(
             f"privacy.ledger-dir: the ledgers in {folder} belong to clients with {', '.join(different)}; "
@@ -204,4 +264,4 @@ def _claim_ledgers(configuration: Configuration) -> None:
         )
 
 
-__all__ = ["CHECKPOINT", "ENGINES", "Simulation", "prepare", "resume", "simulate"]
+__all__ = ["CHECKPOINT", "ENGINES", "Simulation", "prepare", "read_settings", "resume", "simulate"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from adadpigu_core import accounting
+from adadpigu_core import privacy_loss
 from adadpigu_core.accounting import PRETRAINING, TRAINING, Event, PlanShape, calibrate, epsilon, fits, merge
 from adadpigu_core.exceptions import ConfigurationError
 
@@ -144,11 +144,11 @@ def test_it_is_at_most_the_renyi_bound(kind):
 def test_the_grid_overstates_epsilon_by_little_and_never_understates_it(kinds, monkeypatch):
     events = [event(*kind) for kind in kinds]
     coarse = epsilon(events, DELTA)
-    grid = accounting._grid(events)
-    accounting._pld_epsilon.cache_clear()
-    monkeypatch.setattr(accounting, "_grid", lambda _: grid / 6)
+    grid = privacy_loss._grid(events)
+    privacy_loss._pld_epsilon.cache_clear()
+    monkeypatch.setattr(privacy_loss, "_grid", lambda _: grid / 6)
     fine = epsilon(events, DELTA)
-    accounting._pld_epsilon.cache_clear()
+    privacy_loss._pld_epsilon.cache_clear()
     assert fine <= coarse <= fine * (1 + SLACK)
 
 
@@ -303,7 +303,7 @@ def test_what_fits_one_target_is_not_taken_to_fit_another():
 
 def test_rounds_of_a_plan_that_fits_need_no_accounting(monkeypatch):
     plan = calibrate(PlanShape(0.1, 5, 20, 0.4), 3.0, DELTA, [event(4.0, 0.1, 7)])
-    monkeypatch.setattr(accounting, "_pld_epsilon", None)
+    monkeypatch.setattr(privacy_loss, "_pld_epsilon", None)
     assert fits([event(4.0, 0.1, 7), replace(plan.pretraining, count=5), replace(plan.training, count=3)], 3.0, DELTA)
     with pytest.raises(TypeError):  # one step more is accounted
         fits([event(4.0, 0.1, 7), replace(plan.training, count=21)], 3.0, DELTA)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adadpigu_core import accounting
+from adadpigu_core import accounting, privacy_loss
 from adadpigu_core.accounting import PRETRAINING, TRAINING, Event, Plan, PlanShape, calibrate, epsilon
 from adadpigu_core.exceptions import BudgetError, ConfigurationError
 
@@ -138,8 +138,8 @@ def test_any_plan_meets_its_target(sampling_probability, pretraining, training, 
 
 def test_calibration_takes_few_evaluations(monkeypatch):
     evaluations = []
-    evaluate = accounting._pld_epsilon
-    monkeypatch.setattr(accounting, "_pld_epsilon", lambda *args: evaluations.append(args) or evaluate(*args))
+    evaluate = privacy_loss._pld_epsilon
+    monkeypatch.setattr(privacy_loss, "_pld_epsilon", lambda *args: evaluations.append(args) or evaluate(*args))
     accounting._calibrate.cache_clear()
     for shape, target in SHAPES:
         calibrate(shape, target, DELTA)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adadpigu_core.exceptions import ConfigurationError
-from client.partitions import SCHEMES, partition
+from client.partitions import SCHEMES, partition, partition_by_size
 
 LABELS = np.arange(1000) % 10
 
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_named(changes, words):
 CODE = """
 import socket, sys
 import numpy as np
-from client.partitions import partition
+from client.partitions import partition, partition_by_size
 
 def refuse(*arguments):
     raise AssertionError("the network was asked for")
@@ -133,3 +133,18 @@ def test_plots_can_still_be_imported_afterwards():
     deals += "partition(np.arange(9), num_partitions=2, scheme='iid', alpha=1, seed=0)\n"
     run = subprocess.run([sys.executable, "-c", deals + code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_sizes_are_dealt_out_as_asked():
+    parts = partition_by_size(100, [10, 50, 1], seed=3)
+    assert [len(part) for part in parts] == [10, 50, 1]
+    together = np.concatenate(parts)
+    assert len(set(together.tolist())) == 61
+    assert all((np.sort(part) == part).all() for part in parts)
+    assert (partition_by_size(100, [10], seed=3)[0] == parts[0]).all()
+    assert (partition_by_size(100, [10], seed=4)[0] != parts[0]).any()
+
+
+def test_more_records_than_there_are_cannot_be_dealt_out():
+    with pytest.raises(ConfigurationError, match="101 records together, but there are only 100"):
+        partition_by_size(100, [100, 1], seed=0)

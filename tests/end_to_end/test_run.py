@@ -5,7 +5,7 @@ import pytest
 
 from adadpigu_core.configuration import flatten, parse, read_toml
 
-NAMES = {"config.toml", "metrics.jsonl", "privacy.json", "checkpoint.npz", "result.json", "ledgers"}
+NAMES = {"config.toml", "metrics.jsonl", "privacy.json", "checkpoint.npz", "result.json", "report.html", "ledgers"}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,13 @@ class TestFolder:
         for line in lines:
             assert line.keys() == {
                 *("round", "phase", "clients", "missing", "refused", "retained", "epsilon"),
-                *("bytes_up", "bytes_down", "seconds", "accuracy", "loss"),
+                *("bytes_up", "bytes_down", "seconds", "accuracy", "loss", "retained_by_layer", "epsilons", "stages"),
             }
             assert (line["clients"], line["missing"], line["refused"]) == (3, 0, 0)
+            assert max(line["epsilons"].values()) == line["epsilon"]
+            assert len(line["epsilons"]) == 3
+            assert sum(line["stages"].values()) <= line["seconds"]
+            assert all(0 <= share <= 1 for share in line["retained_by_layer"].values())
         retained = [line["retained"] for line in lines]
         assert retained[0] == 1.0
         assert 0.59 < retained[1] <= retained[2] <= retained[3] == 1.0
@@ -96,7 +100,7 @@ class TestRepetition:
         again = finished(folder)
         np.testing.assert_array_equal(again.weights, run.weights, strict=True)
         assert again.json()["clients"][0]["events"] == run.json()["clients"][0]["events"]
-        strip = {"seconds"}
+        strip = {"seconds", "stages"}
         assert [{k: v for k, v in line.items() if k not in strip} for line in again.metrics] == [
             {k: v for k, v in line.items() if k not in strip} for line in run.metrics
         ]

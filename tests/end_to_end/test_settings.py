@@ -25,6 +25,7 @@ VARIANTS = {
     },
     "adam": {"optimiser.name": "adam", "optimiser.server-learning-rate": 0.01, "optimiser.warmup-rounds": 2},
     "by records": {"federation.aggregation": "records", "adaptive-clipping.centre": "true"},
+    "less noise towards the end": {"privacy.noise-schedule": "cosine", "privacy.final-noise-ratio": 0.5},
     "all records in every step": {"privacy.sampling-probability": 1.0},
 }
 

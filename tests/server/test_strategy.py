@@ -186,7 +186,8 @@ class TestRepliesThatDoNotCome:
         assert account.events == clients[1].spent
         assert account.warnings == []
 
-    def test_the_last_late_replies_are_waited_for_a_little(self, kit):
+    def test_the_last_late_replies_are_waited_for_a_little(self, kit, monkeypatch):
+        monkeypatch.setattr("server.strategy._SETTLE_SECONDS", 5.0)  # ends as soon as the reply is there
         clients = [kit.Client("a"), kit.Client("b", {4: lambda c, r: kit.Later(c.release(r))})]
         federation = kit.Federation(clients)
         release = threading.Timer(0.15, lambda: setattr(federation.grid, "_round", 5))

@@ -1,0 +1,59 @@
+"""How a search is shown: its cost before it starts, its front when it is over."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from simulations.selection_cost import RandomTrials
+from simulations.svg_charts import Chart, Line
+from simulations.tune import Point, Search, front
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FIGURE = "front.svg"
+_STYLE = (
+    "<style>svg{background:#fff;font:12px sans-serif}.grid{stroke:#ddd}.line{fill:none;stroke:#1f5fae;stroke-width:2}"
+    ".middle{text-anchor:middle}.end{text-anchor:end}</style>"
+)
+
+
+def costs(found: Sequence[tuple[float, float]], trials: RandomTrials | None) -> Table:
+    """What a search on private data costs."""
+    how = f"{trials.distribution}, mean {trials.mean:g}" if trials else ""
+    table = Table(title=f"Epsilon of the search ({how} trials; only the best is released)")
+    table.add_column("one trial", justify="right")
+    table.add_column("the whole search", justify="right")
+    for once, whole in found:
+        table.add_row(f"{once:g}", f"{whole:.3f}")
+    if len(found) > 1:
+        table.add_row("all budgets together, at most", f"{sum(whole for _, whole in found):.3f}")
+    return table
+
+
+def show(console: Console, points: Sequence[Point], search: Search) -> None:
+    """Print the front, draw it, and say where the best settings are."""
+    best = front(points)
+    table = Table(title="Accuracy against epsilon: trials that no other beats")
+    for heading in ("epsilon", "accuracy", "settings"):
+        table.add_column(heading, justify="left" if heading == "settings" else "right", overflow="fold")
+    for point in best:
+        chosen = {key: value for key, value in point.settings.items() if search.flat.get(key) != value}
+        chosen.pop("privacy.target-epsilon", None)
+        text = ", ".join(f"{key} = {value}" for key, value in chosen.items())
+        table.add_row(f"{point.epsilon:.3f}", f"{point.accuracy:.4f}", text)
+    console.print(table)
+    path = search.output / FIGURE
+    _draw(best, path)
+    for target in sorted({point.target for point in points}):
+        name = search.output / f"best-epsilon-{target:g}.toml"
+        console.print(f"adadpigu simulate --config {name}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"The figure is {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _draw(points: Sequence[Point], path: "Path") -> None:
+    line = Line("front", tuple((point.epsilon, point.accuracy) for point in points))
+    svg = Chart("front", "Accuracy against epsilon", "epsilon", "accuracy", (line,)).svg()
+    path.write_text(svg.replace("<title", f"{_STYLE}<title", 1), encoding="utf-8")
