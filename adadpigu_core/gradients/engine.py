@@ -92,7 +92,7 @@ def clipped_sum(
             )
             norms.append(_Pass(task).run(features, labels, total))
     # plus zero, since minus zero would tell the sign of a sum where the mask is False
-    total.mul_(transform.inverse_scale).add_(0.0)
+    torch.addcmul(total.new_zeros(1), total, transform.inverse_scale, out=total)
     if not _finite(total):  # where the mask is False, sums of huge gradients may have left the range of float32
         total.masked_fill_(transform.inverse_scale == 0, 0.0)
     return ClippedSum(total.cpu(), torch.cat(norms).cpu())

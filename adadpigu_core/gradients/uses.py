@@ -181,11 +181,13 @@ class Product(Use):
         if block.common_weight is not None:
             return SquaredNorms(size * block.common_weight * _squares(e) * _squares(x))
         rounding = (min(e.shape[1], x.shape[1]) + 8) * UNIT
-        first = size * _bilinear(e.square(), x.square(), block.inverse_scale, None)
         if block.mean is None:
+            first = size * _bilinear(e.square_(), x.square_(), block.inverse_scale, None)
             return SquaredNorms(first, rounding * first + size * block.underflow)
+        cross = size.sqrt() * _bilinear(e, x, block.inverse_scale, block.mean)
+        first = size * _bilinear(e.square_(), x.square_(), block.inverse_scale, None)
         absolute = first + block.offset
-        values = absolute - 2 * size.sqrt() * _bilinear(e, x, block.inverse_scale, block.mean)
+        values = absolute - 2 * cross
         doubt = 2 * rounding * absolute + size * block.underflow
         self._correct(values, doubt, ~(absolute <= _MOST_CANCELLATION * values), block)
         return SquaredNorms(values, doubt)
@@ -201,7 +203,8 @@ class Product(Use):
 
 def _normalised(values: Tensor) -> tuple[Tensor, Tensor]:
     """Rows with largest absolute value 1, and that value, float64 [n]: squares of extreme values stay in range."""
-    size = values.abs().amax(1, keepdim=True)
+    low, high = torch.aminmax(values, dim=1, keepdim=True)
+    size = torch.maximum(-low, high)
     return values / torch.where(size > 0, size, 1.0), size[:, 0].double()
 
 
