@@ -24,7 +24,7 @@ class Sample(NamedTuple):
     Args:
         elapsed_ms: Milliseconds by the clock; on CUDA the device's.
         cpu_ms: Milliseconds of all processors together.
-        peak_mb: Most memory beyond network and records.
+        peak_mb: Most memory beyond network and records, of the first step.
     """
 
     elapsed_ms: float
@@ -129,18 +129,22 @@ def _prepare(task: Task) -> Callable[[], Sample]:
         raise LeftOutError(f"the gradients that it keeps would take {needed:.3g} GB, more than {limit:.3g}")
     load(task)
     trained = Trained.of(task, batch=task.batch)
-    before = memory.settle(task.device)
-    step = make_step(task, trained)
+    step, peak_mb = memory.peak_of(lambda: _started(make_step(task, trained)), task.device)
     elapsed_of = _on_cuda if torch.device(task.device).type == "cuda" else _by_clock
 
     def measured() -> Sample:
-        memory.start(task.device)
         begun = time.process_time()
         elapsed = elapsed_of(step)
         cpu = 1e3 * (time.process_time() - begun)
-        return Sample(elapsed, cpu, memory.peak(task.device) - before)
+        return Sample(elapsed, cpu, peak_mb)
 
     return measured
+
+
+def _started(step: Callable[[], None]) -> Callable[[], None]:
+    """Make the first step, for which everything that later ones use again is allocated."""
+    step()
+    return step
 
 
 def _by_clock(step: Callable[[], None]) -> float:

@@ -71,7 +71,7 @@ def test_hooks_and_standardising_give_the_sum_of_the_simple_engine(model):
     expected = clipped_sum(trained.model, cross_entropy, trained.records, trained.standardisation, CLIPPING_NORM)
     assert bool((expected.norms > CLIPPING_NORM).any()), "something must have been clipped"
     found = opacus_steps.standardised_sum(trained)()
-    assert torch.allclose(found.double(), expected.total, atol=1e-5)
+    assert torch.allclose(found.float(), expected.total, atol=1e-5)
     assert bool((found[~trained.standardisation.mask] == 0).all())
 
 

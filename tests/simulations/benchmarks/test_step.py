@@ -270,12 +270,15 @@ def test_steps_are_served_until_the_other_side_is_gone():
     assert all(sample.elapsed_ms > 0 for sample in pipe.answers[1:])
 
 
-def test_the_peak_is_that_since_the_mark():
-    size = 64_000_000
-    del (block := [bytearray(size)])[0]  # an earlier peak
-    before = memory.settle("cpu")
-    memory.start("cpu")
-    assert memory.peak("cpu") - before < 10
-    block.append(bytearray(size))
-    del block[0]
-    assert 60 < memory.peak("cpu") - before < 80
+def test_the_peak_is_of_tensors_that_live_at_the_same_time():
+    earlier = torch.ones(4_000_000)
+
+    def work():
+        for _ in range(3):
+            torch.ones(2_000_000)
+        kept = torch.ones(1_000_000)
+        return kept + earlier[:1_000_000]
+
+    result, peak = memory.peak_of(work, "cpu")
+    assert len(result) == 1_000_000
+    assert peak == pytest.approx(8.0, rel=0.01)  # 8 MB at a time, three times; then twice 4 MB
