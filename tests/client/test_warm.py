@@ -54,7 +54,8 @@ def until(condition, seconds=60):
 def environment(tmp_path_factory):
     """Environment of a node whose warm process is there."""
     path = tmp_path_factory.mktemp("warm") / "socket"
-    environment = {**launcher.environment(os.environ), launcher.SOCKET_VARIABLE: str(path)}
+    # as the command starts it: NumPy would start threads, which no copy has
+    environment = {**launcher.environment(os.environ), launcher.SOCKET_VARIABLE: str(path), "OPENBLAS_NUM_THREADS": "1"}
     server = subprocess.Popen([sys.executable, "-c", PROBE, str(os.getpid())], env=environment, cwd=ROOT)
     until(path.exists)
     yield environment
