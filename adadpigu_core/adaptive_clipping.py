@@ -15,17 +15,20 @@ they cost no privacy. Three rules:
 The clipped sum has sensitivity C whatever a and b are, so a bad statistic can cost accuracy but never privacy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adadpigu_core.exceptions import ConfigurationError, MessageError
 from adadpigu_core.parameters import ParameterLayout
 
+_PIECE = 2**16  # coordinates
 RULES = ("none", "energy", "paper")
 GRANULARITIES = ("layer", "row", "coordinate")
 
@@ -87,6 +90,23 @@ class Standardisation:
     def centred(self) -> bool:
         """Whether there is a mean."""
         return bool(self.mean.any())
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Go through all coordinates, as many at a time as stay inside the cache.
+
+        Yields:
+            A run of coordinates, and the indices of the retained ones within it, int64.
+        """
+        for number, retained in enumerate(self._retained):
+            start = number * _PIECE
+            yield slice(start, start + _PIECE), torch.from_numpy(retained.astype(np.int64))
+
+    @cached_property
+    def _retained(self) -> list[NDArray[np.uint16]]:
+        """Indices within each piece, in two bytes each: local steps share them."""
+        mask = self.mask.numpy()
+        starts = range(0, len(mask), _PIECE)
+        return [np.flatnonzero(mask[start : start + _PIECE]).astype(np.uint16) for start in starts]
 
     @classmethod
     def identity(cls, num_parameters: int) -> "Standardisation":

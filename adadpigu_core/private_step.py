@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +27,6 @@ from adadpigu_core.noise import add_gaussian_noise
 from adadpigu_core.sampling import Randomness, poisson_sample, seeded
 
 Charge = Callable[[Event], None]
-
-_CHUNK = 65_536  # coordinates
 
 
 @dataclass(frozen=True)
@@ -144,9 +141,7 @@ def private_step(
 
 def _release(total: Tensor, given: Standardisation, mechanism: Mechanism, randomness: Randomness) -> Release:
     """Add the noise and map back, in place and inside the cache; frozen coordinates may have any mean and scale."""
-    for start in range(0, len(total), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        retained = torch.from_numpy(np.flatnonzero(given.mask[part].numpy()))
+    for part, retained in given.pieces():
         values, scale = (whole[part].index_select(0, retained) for whole in (total, given.scale))
         noisy = add_gaussian_noise(values, mechanism.sum_noise_stddev, randomness)
         noisy.mul_(scale).div_(mechanism.expected_batch_size)

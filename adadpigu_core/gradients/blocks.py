@@ -73,14 +73,24 @@ class Finished:
         """Behind its last coordinate."""
         return self.start + self.block.inverse_scale.numel()
 
-    def add(self, factors: Factors, total: Tensor) -> None:
-        """Add the sum of c_i (g_i - a) to the coordinates of the block in ``total``, float32 [d]."""
+    def add(self, factors: Factors, total: Tensor, *, first: bool) -> None:
+        """Add the sum of c_i (g_i - a) to the coordinates of the block in ``total``, float32 [d].
+
+        Args:
+            factors: Clipping factors.
+            total: Sum so far.
+            first: There is none so far; what ``total`` holds does not count.
+        """
         shape = tuple(self.block.inverse_scale.shape)
         target = total[self.start : self.stop].view(shape)
         if self.kept is not None:
-            target += self.use.restored(factors.values @ factors.clean(self.kept), shape)
+            added = self.use.restored(factors.values @ factors.clean(self.kept), shape)
+            target.copy_(added) if first else target.add_(added)
             return
-        self.use.add_weighted_sum(factors, target)
+        if first:
+            self.use.set_weighted_sum(factors, target)
+        else:
+            self.use.add_weighted_sum(factors, target)
         if self.block.mean is not None:
             target -= factors.values.sum() * self.block.mean
 

@@ -79,7 +79,8 @@ def clipped_sum(
     transform = Transform.of(standardisation, device)
     found = survey(model, records, augmentation)
     batches = _physical_batches(len(records), found, options, device)
-    total = torch.zeros(layout.num_parameters, dtype=torch.float32, device=device)
+    new = torch.empty if batches else torch.zeros  # the first physical batch fills it
+    total = new(layout.num_parameters, dtype=torch.float32, device=device)
     norms = [torch.zeros(0, dtype=torch.float64, device=device)]
     with _exact(model, layout, transform) as active:
         largest = max((stop - start for start, stop in batches), default=0)
@@ -90,7 +91,7 @@ def clipped_sum(
                 values[start:stop].detach().to(device, non_blocking=True)
                 for values in (records.features, records.labels)
             )
-            norms.append(_Pass(task).run(features, labels, total))
+            norms.append(_Pass(task).run(features, labels, total, first=start == 0))
     # plus zero, since minus zero would tell the sign of a sum where the mask is False
     torch.addcmul(total.new_zeros(1), total, transform.inverse_scale, out=total)
     if not _finite(total):  # where the mask is False, sums of huge gradients may have left the range of float32
@@ -175,7 +176,7 @@ class _Pass:
         self._task = task
         self._done: list[Finished] = []
 
-    def run(self, features: Tensor, labels: Tensor, total: Tensor) -> Tensor:
+    def run(self, features: Tensor, labels: Tensor, total: Tensor, *, first: bool) -> Tensor:
         """Add the sum of c_i (g_i - a) over some records to ``total`` and return their norms, float64 [n]."""
         task = self._task
         views = features.unsqueeze(1) if task.augmentation is None else task.augmentation(features)
@@ -191,7 +192,7 @@ class _Pass:
                 self._finish(tracked, uses)
             self._check_strays()
             norms, factors = self._factors(len(labels))
-            self._add(factors, total)
+            self._add(factors, total, first=first)
         return norms
 
     def _losses(self, views: Tensor, labels: Tensor, recorder: Recorder, copies: Copies) -> Tensor:
@@ -243,9 +244,15 @@ class _Pass:
             return norms, Factors(values, None)
         return norms, Factors(values, broken)
 
-    def _add(self, factors: Factors, total: Tensor) -> None:
-        for finished in self._done:
-            finished.add(factors, total)
+    def _add(self, factors: Factors, total: Tensor, *, first: bool) -> None:
+        end = 0
+        for finished in sorted(self._done, key=lambda finished: finished.start):
+            if first:
+                total[end : finished.start] = 0.0
+            finished.add(factors, total, first=first)
+            end = finished.stop
+        if first:
+            total[end:] = 0.0
         if self._task.transform.mean is not None:
             total -= factors.values.sum() * self._task.transform.mean * self._untouched()
 

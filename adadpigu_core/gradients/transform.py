@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,16 +83,21 @@ class Transform:
 
     @classmethod
     def _prepared(cls, standardisation: Standardisation, device: torch.device) -> "Transform":
-        retained = torch.from_numpy(np.flatnonzero(standardisation.mask.numpy()))
-        scale, mean = standardisation.scale[retained], standardisation.mean[retained]
-        if not bool(((scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)).all()):
-            text = f"gradient-scale: must lie between {_SMALLEST_SCALE:g} and {_LARGEST_SCALE:g} where retained"
-            raise MessageError(text, text)
-        if not bool(torch.isfinite((mean / scale).square().sum())):
+        inverse = torch.zeros_like(standardisation.scale)
+        centre = torch.zeros_like(standardisation.mean) if standardisation.centred else None
+        for part, retained in standardisation.pieces():
+            scale = standardisation.scale[part].index_select(0, retained)
+            if not bool(((scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)).all()):
+                text = f"gradient-scale: must lie between {_SMALLEST_SCALE:g} and {_LARGEST_SCALE:g} where retained"
+                raise MessageError(text, text)
+            inverse[part].index_copy_(0, retained, 1 / scale)
+            if centre is not None:
+                centre[part].index_copy_(0, retained, standardisation.mean[part].index_select(0, retained))
+        if centre is not None and not bool(torch.isfinite((centre * inverse).square().sum())):
             text = "gradient-mean: must be finite where retained, also after division by the scale"
             raise MessageError(text, text)
-        inverse = torch.zeros_like(standardisation.scale).index_copy_(0, retained, 1 / scale)
-        centre = torch.zeros_like(standardisation.mean).index_copy_(0, retained, mean) if mean.any() else None
+        if centre is not None and not bool(centre.any()):
+            centre = None
         return cls(inverse.to(device), None if centre is None else centre.to(device), standardisation.mask)
 
     @cached_property

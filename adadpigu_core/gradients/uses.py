@@ -80,6 +80,10 @@ class Use(ABC):
     def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
         """Add the sum of c_i g_i to ``total``, float32 [*shape]."""
 
+    def set_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Put the sum of c_i g_i into ``total``, float32 [*shape], whatever was there."""
+        self.add_weighted_sum(factors, total.zero_())
+
     def squared_norms(self, block: Block) -> SquaredNorms | None:
         """A cheaper way to the norms than through ``gradients``, if there is one."""
         return None
@@ -163,14 +167,21 @@ class Product(Use):
         """Gradients of some records."""
         return torch.bmm(self.errors[start:stop].transpose(1, 2), self.inputs[start:stop]).flatten(1)
 
+    def set_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Put the sum of c_i g_i into ``total`` as one product."""
+        self._multiply(factors, total, beta=0)
+
     def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
         """Add the sum of c_i g_i as one product."""
+        self._multiply(factors, total, beta=1)
+
+    def _multiply(self, factors: Factors, total: Tensor, *, beta: int) -> None:
         inputs, errors = self.inputs, self.errors
         if inputs.shape[2] < errors.shape[2]:
             inputs, errors = factors.apply(inputs), factors.clean(errors)
         else:
             inputs, errors = factors.clean(inputs), factors.apply(errors)
-        total.view(errors.shape[2], -1).addmm_(errors.flatten(0, 1).t(), inputs.flatten(0, 1))
+        total.view(errors.shape[2], -1).addmm_(errors.flatten(0, 1).t(), inputs.flatten(0, 1), beta=beta)
 
     def squared_norms(self, block: Block) -> SquaredNorms | None:
         """The short cut for one position; for more, a gradient costs no more than the product it replaces."""
@@ -178,17 +189,18 @@ class Product(Use):
             return None
         (e, e_size), (x, x_size) = _normalised(self.errors[:, 0]), _normalised(self.inputs[:, 0])
         size = (e_size * x_size).square()
+        lost = size * block.underflow
         if block.common_weight is not None:
-            return SquaredNorms(size * block.common_weight * _squares(e) * _squares(x))
+            return SquaredNorms(size * block.common_weight * _squares(e) * _squares(x), lost)
         rounding = (min(e.shape[1], x.shape[1]) + 8) * UNIT
         if block.mean is None:
-            first = size * _bilinear(e.square_(), x.square_(), block.inverse_scale, None)
-            return SquaredNorms(first, rounding * first + size * block.underflow)
+            first = size * _bilinear(e.square(), x.square(), block.inverse_scale, None)
+            return SquaredNorms(first, rounding * first + lost)
         cross = size.sqrt() * _bilinear(e, x, block.inverse_scale, block.mean)
-        first = size * _bilinear(e.square_(), x.square_(), block.inverse_scale, None)
+        first = size * _bilinear(e.square(), x.square(), block.inverse_scale, None)
         absolute = first + block.offset
         values = absolute - 2 * cross
-        doubt = 2 * rounding * absolute + size * block.underflow
+        doubt = 2 * rounding * absolute + lost
         self._correct(values, doubt, ~(absolute <= _MOST_CANCELLATION * values), block)
         return SquaredNorms(values, doubt)
 
@@ -203,8 +215,7 @@ class Product(Use):
 
 def _normalised(values: Tensor) -> tuple[Tensor, Tensor]:
     """Rows with largest absolute value 1, and that value, float64 [n]: squares of extreme values stay in range."""
-    low, high = torch.aminmax(values, dim=1, keepdim=True)
-    size = torch.maximum(-low, high)
+    size = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
     return values / torch.where(size > 0, size, 1.0), size[:, 0].double()
 
 

@@ -46,8 +46,8 @@ class Leak:
     """Puts the un-noised mean gradient where the code under test can be made to use it."""
 
     def __init__(self, monkeypatch):
-        def leaking(*arguments):
-            result = gradients.clipped_sum(*arguments)
+        def leaking(*arguments, **options):
+            result = gradients.clipped_sum(*arguments, **options)
             self.clean = (result.total / MECHANISM.expected_batch_size).float()
             return result
 
@@ -168,9 +168,9 @@ def check_samples_are_poisson_samples(train, monkeypatch, model, records):
     """Sizes of the samples that steps really use; their variance is n q (1 - q), that of shuffled batches 0."""
     sizes = []
 
-    def counting(model, loss, drawn, *rest):
+    def counting(model, loss, drawn, *rest, **options):
         sizes.append(len(drawn))
-        return gradients.ClippedSum(torch.zeros(53, dtype=torch.float64), torch.zeros(0))
+        return gradients.ClippedSum(torch.zeros(53), torch.zeros(0))
 
     with monkeypatch.context() as patch:
         patch.setattr(private, "clipped_sum", counting)
@@ -204,8 +204,8 @@ def check_the_mean_is_over_the_expected_batch(train, make_model, records, record
 def test_7_mean_over_the_actual_batch(train, monkeypatch, make_model, records, record_gradients):
     check_the_mean_is_over_the_expected_batch(train, make_model, records, record_gradients)
 
-    def mean_over_the_drawn(model, loss, drawn, *rest):
-        result = gradients.clipped_sum(model, loss, drawn, *rest)
+    def mean_over_the_drawn(model, loss, drawn, *rest, **options):
+        result = gradients.clipped_sum(model, loss, drawn, *rest, **options)
         return replace(result, total=result.total * MECHANISM.expected_batch_size / max(1, len(drawn)))
 
     monkeypatch.setattr(private, "clipped_sum", mean_over_the_drawn)
