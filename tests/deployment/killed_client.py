@@ -1,4 +1,5 @@
-"""Clients that die anywhere: each in a process of its own, killed after a number of lines of our own code.
+"""Clients that die anywhere: each in a process of its own, killed after a number of lines of our own code,
+before the charge, before its release is stored, or after it.
 
 Run as a program: ``killed_client.py CONFTEST FOLDER ROUNDS SEED``. It answers the rounds of one run on one node, and
 before each round's real answer lets some processes die on the way to it. Prints a JSON line for each process that was
@@ -19,6 +20,7 @@ from contextlib import closing
 import torch  # with all other imports, once for all children
 
 import client.node
+from adadpigu_core.ledger import Ledger
 
 ROOT = str(pathlib.Path(client.node.__file__).parents[1])
 OURS = tuple(str(pathlib.Path(ROOT) / name) for name in ("client", "adadpigu_core"))
@@ -32,17 +34,29 @@ def load(path):
     return files
 
 
-def count_lines(limit=None):
-    """Count executed lines of our own code in this process; kill it at the limit."""
+def count_lines(stage=None, limit=None):
+    """Count executed lines of our own code before the charge, before the release is stored, and after it.
+
+    At the limit of a stage, kill this process.
+    """
     seen = [0]
 
     def line(frame, event, _):
         if event == "line":
-            seen[0] += 1
-            if seen[0] == limit:
+            seen[-1] += 1
+            if len(seen) - 1 == stage and seen[-1] == limit:
                 os.kill(os.getpid(), signal.SIGKILL)
         return line
 
+    def then(method):
+        def done(*arguments):
+            result = method(*arguments)
+            seen.append(0)
+            return result
+
+        return done
+
+    Ledger.charge, Ledger.store_release = then(Ledger.charge), then(Ledger.store_release)
     sys.settrace(lambda frame, *_: line if frame.f_code.co_filename.startswith(OURS) else None)
     return seen
 
@@ -85,13 +99,11 @@ def main(conftest, folder, rounds, seed):
     def make():
         return files.Node(pathlib.Path(folder))
 
-    def work(number, limit=None):
+    def work(number, stage, limit):
         def ask():
             node = make()
-            seen = count_lines(limit)
+            count_lines(stage, limit)
             node.train(round=number)
-            sys.settrace(None)
-            return seen[0]
 
         return ask
 
@@ -102,16 +114,18 @@ def main(conftest, folder, rounds, seed):
         node.describe(**steps)
         seen = count_lines()
         node.train()
-        return seen[0]
+        sys.settrace(None)
+        return seen
 
     in_a_child(lambda: str(type(make().describe(**steps)).__name__))
     lines = in_a_child(measured)[1]  # how long the way is
     for number in range(1, int(rounds) + 1):
         for attempt in range(KILLS_A_ROUND):
-            # what is left to do after a release is stored is short: every third looks for it
-            limit = chance.randrange(lines - 150 if attempt % 3 == 2 else 1, lines)
-            status, _nothing = in_a_child(work(number, limit))
-            print(json.dumps({"killed": number, "line": limit, "status": status, **ledger(make())}), flush=True)
+            stage = attempt % 3
+            limit = chance.randint(1, lines[stage])
+            status, _nothing = in_a_child(work(number, stage, limit))
+            entry = {"killed": number, "stage": stage, "line": limit, "status": status}
+            print(json.dumps({**entry, **ledger(make())}), flush=True)
         status, hashes = in_a_child(lambda number=number: answered(make(), number))
         print(json.dumps({"round": number, "hashes": hashes, "status": status, **ledger(make())}), flush=True)
 

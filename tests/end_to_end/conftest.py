@@ -141,7 +141,7 @@ class Run:
 
 def charges(path):
     """Rounds that a ledger was charged for, with their counts, read without the ledger's code."""
-    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)) as connection:
         return connection.execute("SELECT run, round, count FROM charges ORDER BY id").fetchall()
 
 
