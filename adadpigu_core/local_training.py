@@ -14,7 +14,7 @@ from adadpigu_core.adaptive_clipping import Standardisation, Statistics
 from adadpigu_core.datasets import Records
 from adadpigu_core.gradients import DEFAULTS, GradientOptions, Loss
 from adadpigu_core.importance import importance_of
-from adadpigu_core.parameters import assign, flatten
+from adadpigu_core.parameters import descend, flatten
 from adadpigu_core.private_step import Charge, Mechanism, private_step
 from adadpigu_core.sampling import Randomness
 
@@ -69,7 +69,6 @@ def train_round(
         options: How gradients are computed.
     """
     start = flatten(model).cpu()
-    weights = start.clone()
     importance = torch.zeros_like(start) if importance_measure else None
     for _ in range(steps):
         if guard is not None:
@@ -77,8 +76,7 @@ def train_round(
         release, statistics, _event = private_step(
             model, loss, records, mechanism, mask, statistics, randomness, charge, options
         )
-        weights -= learning_rate * release.gradient
-        assign(model, weights)
+        descend(model, release.gradient, learning_rate)
         if importance is not None and importance_measure:
             importance += importance_of(release.gradient, release.noise_stddev, importance_measure) / steps
-    return LocalUpdate(weights - start, importance, statistics)
+    return LocalUpdate(flatten(model).cpu() - start, importance, statistics)

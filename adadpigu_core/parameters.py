@@ -64,6 +64,14 @@ def flatten(model: nn.Module) -> Tensor:
     return ParameterLayout.of(model).join(dict(model.named_parameters()))
 
 
+def descend(model: nn.Module, gradient: Tensor, learning_rate: float) -> None:
+    """Move the trainable parameters of a model against a flat gradient [d], in place."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, piece in ParameterLayout.of(model).split(gradient).items():
+            parameters[name].sub_((learning_rate * piece).to(parameters[name].device))
+
+
 def assign(model: nn.Module, vector: Tensor) -> None:
     """Write a flat vector [d] into the trainable parameters of a model."""
     parameters = dict(model.named_parameters())

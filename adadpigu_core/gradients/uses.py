@@ -19,6 +19,7 @@ from adadpigu_core.gradients.transform import Block
 
 UNIT = 2.0**-24  # rounding error of float32
 _CACHED_FLOATS = 250_000  # 1 MB
+_LONGEST_RUN = 120  # torch adds up long rows in shorter runs, and then their sums
 _MOST_CANCELLATION = 5.0  # terms over their sum
 UNDERFLOW = 2.0**-124  # what squares of numbers too small for float32 lose, each at most
 
@@ -139,9 +140,10 @@ class Product(Use):
 
         (e^2)^T w (x^2) - 2 e^T (w a) x + sum(w a^2),
 
-    three matrix products for all records together. Rounding errors of float32 products of length L are at most
-    (L + 8) 2^-24 times the sum of the absolute terms, which is at most twice the first term plus the last: this is the
-    doubt. Where nearly everything cancels, the gradient of the record is made after all.
+    three matrix products for all records together. Rounding errors of float32 products of length L, which are then
+    added up in runs of at most R, are at most (L + R + 8) 2^-24 times the sum of the absolute terms, which is at most
+    twice the first term plus the last: this is the doubt. Where nearly everything cancels, the gradient of the record
+    is made after all.
 
     Args:
         inputs: x, float32 [n, T, I].
@@ -192,7 +194,8 @@ class Product(Use):
         lost = size * block.underflow
         if block.common_weight is not None:
             return SquaredNorms(size * block.common_weight * _squares(e) * _squares(x), lost)
-        rounding = (min(e.shape[1], x.shape[1]) + 8) * UNIT
+        shorter, longer = sorted((e.shape[1], x.shape[1]))
+        rounding = (shorter + min(longer, _LONGEST_RUN) + 8) * UNIT
         if block.mean is None:
             first = size * _bilinear(e.square(), x.square(), block.inverse_scale, None)
             return SquaredNorms(first, rounding * first + lost)
@@ -225,7 +228,7 @@ def _squares(values: Tensor) -> Tensor:
 
 
 def _bilinear(e: Tensor, x: Tensor, inverse_scale: Tensor, mean: Tensor | None) -> Tensor:
-    """e_i^T M x_i for every record, float64 [n], with M = V^2 or V^2 a; the longer sum is left to float64.
+    """e_i^T M x_i for every record, float64 [n], with M = V^2 or V^2 a; products run over the shorter side.
 
     M is made some rows at a time, inside the cache, and never exists as a whole.
     """
@@ -241,5 +244,5 @@ def _bilinear(e: Tensor, x: Tensor, inverse_scale: Tensor, mean: Tensor | None) 
         if short is not None:
             short.addmm_(e[:, rows], matrix)
         else:
-            values += (x @ matrix.t()).mul_(e[:, rows]).sum(1, dtype=torch.float64)
-    return values if short is None else short.mul_(x).sum(1, dtype=torch.float64)
+            values += (x @ matrix.t()).mul_(e[:, rows]).sum(1)
+    return values if short is None else short.mul_(x).sum(1).double()

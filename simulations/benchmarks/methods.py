@@ -17,7 +17,7 @@ from adadpigu_core.datasets import Records
 from adadpigu_core.gradients import cross_entropy
 from adadpigu_core.gradients.simple import clipped_sum as simple_clipped_sum
 from adadpigu_core.masking import mask_of
-from adadpigu_core.parameters import ParameterLayout, assign, flatten
+from adadpigu_core.parameters import ParameterLayout, descend
 from adadpigu_core.private_step import Mechanism, private_step
 from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
 from simulations.benchmarks.models import make_model, make_records
@@ -107,14 +107,12 @@ def _private(trained: Trained, randomness: Randomness) -> Step:
     model, given = trained.model, trained.standardisation
     mechanism = Mechanism(TRAINING, CLIPPING_NORM, NOISE_MULTIPLIER, 1.0, len(trained.records))
     statistics = FixedStatistics(given.mean, given.scale)
-    weights = flatten(model).cpu()  # as local training holds them between its steps
 
     def step() -> None:
         release, _, _ = private_step(
             model, cross_entropy, trained.records, mechanism, given.mask, statistics, randomness, lambda _: None
         )
-        weights.sub_(release.gradient, alpha=LEARNING_RATE)
-        assign(model, weights)
+        descend(model, release.gradient, LEARNING_RATE)
 
     return step
 
@@ -126,7 +124,9 @@ def _naive(trained: Trained) -> Step:
         total = simple_clipped_sum(
             trained.model, cross_entropy, trained.records, trained.standardisation, CLIPPING_NORM
         ).total
-        descend(trained.model, noised_mean(total, trained.standardisation, len(trained.records), generator))
+        descend(
+            trained.model, noised_mean(total, trained.standardisation, len(trained.records), generator), LEARNING_RATE
+        )
 
     return step
 
@@ -136,9 +136,3 @@ def noised_mean(total: Tensor, given: Standardisation, count: int, generator: to
     noise = torch.randn(len(total), generator=generator, dtype=total.dtype)
     noisy = (total + NOISE_MULTIPLIER * CLIPPING_NORM * noise) / count
     return torch.where(given.mask, given.mean + given.scale * noisy, 0.0).float()
-
-
-def descend(model: nn.Module, gradient: Tensor) -> None:
-    """Move the weights against a gradient [d]."""
-    weights = flatten(model)
-    assign(model, weights - LEARNING_RATE * gradient.to(weights.device))

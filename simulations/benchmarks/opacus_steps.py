@@ -15,14 +15,13 @@ from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.gradients import cross_entropy
 from adadpigu_core.gradients.clipping import clipping_factors
 from adadpigu_core.gradients.simple import standardise
-from adadpigu_core.parameters import ParameterLayout
+from adadpigu_core.parameters import ParameterLayout, descend
 from simulations.benchmarks.methods import (
     CLIPPING_NORM,
     LEARNING_RATE,
     NOISE_MULTIPLIER,
     Step,
     Trained,
-    descend,
     noised_mean,
 )
 
@@ -74,7 +73,9 @@ def hooks_standardised(trained: Trained) -> Step:
 
     def step() -> None:
         total = sum_up().cpu()
-        descend(trained.model, noised_mean(total, trained.standardisation, len(trained.records), generator))
+        descend(
+            trained.model, noised_mean(total, trained.standardisation, len(trained.records), generator), LEARNING_RATE
+        )
 
     return step
 

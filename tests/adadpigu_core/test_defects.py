@@ -275,7 +275,7 @@ def check_it_runs(train, make_model, records):
     ("module", "name"),
     [
         (local_training, "importance_of"),
-        (local_training, "assign"),
+        (local_training, "descend"),
         (private, "add_gaussian_noise"),
         (masking, "math"),
     ],
