@@ -79,8 +79,7 @@ def clipped_sum(
     transform = Transform.of(standardisation, device)
     found = survey(model, records, augmentation)
     batches = _physical_batches(len(records), found, options, device)
-    new = torch.empty if batches else torch.zeros  # the first physical batch fills it
-    total = new(layout.num_parameters, dtype=torch.float32, device=device)
+    total: Tensor | None = None  # made when there is something to put in, and most else is gone
     norms = [torch.zeros(0, dtype=torch.float64, device=device)]
     with _exact(model, layout, transform) as active:
         largest = max((stop - start for start, stop in batches), default=0)
@@ -91,7 +90,10 @@ def clipped_sum(
                 values[start:stop].detach().to(device, non_blocking=True)
                 for values in (records.features, records.labels)
             )
-            norms.append(_Pass(task).run(features, labels, total, first=start == 0))
+            found_norms, total = _Pass(task).run(features, labels, total)
+            norms.append(found_norms)
+    if total is None:
+        total = torch.zeros(layout.num_parameters, dtype=torch.float32, device=device)
     # plus zero, since minus zero would tell the sign of a sum where the mask is False
     torch.addcmul(total.new_zeros(1), total, transform.inverse_scale, out=total)
     if not _finite(total):  # where the mask is False, sums of huge gradients may have left the range of float32
@@ -176,8 +178,8 @@ class _Pass:
         self._task = task
         self._done: list[Finished] = []
 
-    def run(self, features: Tensor, labels: Tensor, total: Tensor, *, first: bool) -> Tensor:
-        """Add the sum of c_i (g_i - a) over some records to ``total`` and return their norms, float64 [n]."""
+    def run(self, features: Tensor, labels: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Give the norms of some records, float64 [n], and ``total`` with the sum of c_i (g_i - a) added."""
         task = self._task
         views = features.unsqueeze(1) if task.augmentation is None else task.augmentation(features)
         recorder = Recorder(task.active, len(labels), views.shape[1], self._finish)
@@ -192,8 +194,7 @@ class _Pass:
                 self._finish(tracked, uses)
             self._check_strays()
             norms, factors = self._factors(len(labels))
-            self._add(factors, total, first=first)
-        return norms
+            return norms, self._add(factors, total)
 
     def _losses(self, views: Tensor, labels: Tensor, recorder: Recorder, copies: Copies) -> Tensor:
         """Mean loss over the views of each record, [n]."""
@@ -244,8 +245,10 @@ class _Pass:
             return norms, Factors(values, None)
         return norms, Factors(values, broken)
 
-    def _add(self, factors: Factors, total: Tensor, *, first: bool) -> None:
-        end = 0
+    def _add(self, factors: Factors, total: Tensor | None) -> Tensor:
+        first, end = total is None, 0
+        if total is None:
+            total = torch.empty_like(self._task.transform.inverse_scale)
         for finished in sorted(self._done, key=lambda finished: finished.start):
             if first:
                 total[end : finished.start] = 0.0
@@ -255,6 +258,7 @@ class _Pass:
             total[end:] = 0.0
         if self._task.transform.mean is not None:
             total -= factors.values.sum() * self._task.transform.mean * self._untouched()
+        return total
 
     def _untouched(self) -> Tensor:
         """Coordinates without gradient, whose standardised value is -a / b for every record; bool [d]."""
