@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adadpigu_core import importance, local_training, masking
-from adadpigu_core.parameters import ParameterLayout, flatten
+from adadpigu_core.parameters import ParameterLayout, assign, flatten
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def check_frozen_weights_stay_where_they_are(train, make_model, records):
     assert bool((start[frozen] != 0).all())
     result = train(model, records, mask=~frozen, steps=3)
     assert torch.equal(flatten(model)[frozen], start[frozen])
-    local_training.assign(expected, start + result.update)
+    assign(expected, start + result.update)
     assert torch.allclose(model(records.features), expected(records.features), atol=1e-5)
 
 
@@ -120,7 +120,7 @@ def zero_frozen_weights_after_training(monkeypatch):
     def zeroing(*arguments, **options):
         result = original(*arguments, **options)
         model, mask = arguments[0], arguments[4]
-        local_training.assign(model, torch.where(mask, flatten(model), 0.0))
+        assign(model, torch.where(mask, flatten(model), 0.0))
         return result
 
     monkeypatch.setattr(local_training, "train_round", zeroing)
