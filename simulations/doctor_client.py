@@ -12,7 +12,7 @@ from adadpigu_core.configuration import Value
 from adadpigu_core.ledger_history import read
 from adadpigu_core.provenance import code_fingerprint
 from client import policy
-from client.site import check_node, data_set_name
+from client.site import check_ledger_place, check_node, data_set_name, ledger_path
 from simulations import doctor_common as common
 from simulations.findings import FAULT, GOOD, NOTE, WARNING, Check, Finding
 
@@ -89,7 +89,8 @@ def _records(node_config: Mapping[str, Value]) -> Iterator[Finding]:
 
 
 def _ledger(node_config: Mapping[str, Value]) -> Iterator[Finding]:
-    path = Path(str(node_config["ledger"])).expanduser()
+    path = ledger_path(node_config)
+    check_ledger_place(path)
     yield from common.writable_folder(path.parent, "ledger")
     marker = path.with_name(path.name + ".known")
     if not path.exists() and not marker.exists():
