@@ -123,7 +123,7 @@ def site(node_config: Mapping[str, Value], run_config: Mapping[str, Value], flow
     if is_simulated(node_config):
         return _simulated(parse(run_config), flower_run, node_config)
     check_node(node_config)
-    limits = load(Path(str(node_config["policy"])).expanduser()).of(data_set_name(node_config))
+    limits = owners_limits(node_config)
     check_ledger_place(ledger_path(node_config))
     return _deployed(tuple(sorted(node_config.items())), limits)
 
@@ -200,6 +200,15 @@ def _split(dataset: str, count: int, split: Deal) -> list[NDArray[np.int64]]:
 def data_set_name(node_config: Mapping[str, Value]) -> str:
     """Key of the ledger and of the policy: a name that the owner gave, or where the records are."""
     return str(node_config.get("data-set-name", node_config["dataset"]))
+
+
+def owners_limits(node_config: Mapping[str, Value]) -> Limits:
+    """What the owner of a node that has records allows: its policy, read anew.
+
+    Raises:
+        ConfigurationError: If the policy cannot be used, or does not name the data set.
+    """
+    return load(Path(str(node_config["policy"])).expanduser()).of(data_set_name(node_config))
 
 
 def ledger_path(node_config: Mapping[str, Value]) -> Path:
