@@ -14,6 +14,7 @@ from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.models import ModelSpec, build, check_private, default_model
 from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.provenance import code_fingerprint
+from server.earlier_runs import known_charges
 from server.evaluation import evaluator
 from server.exchange import Wait, sleep
 from server.round_report import RoundReport, ignore
@@ -61,6 +62,7 @@ def run(
     check_private(model)
     state = ServerState.fresh(configuration, ParameterLayout.of(model))
     _restore(state, configuration, folder)
+    state.tally.remember(known_charges(folder.path))
     evaluate = evaluator(build(spec, seed=configuration.seed), data.test)
 
     def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:

@@ -1,5 +1,6 @@
 """Whose records, ledger and limits a client works with: its owner's, or a simulation's."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 import client.site
 from adadpigu_core import datasets
-from adadpigu_core.exceptions import ConfigurationError, DataError
+from adadpigu_core.exceptions import ConfigurationError, DataError, LedgerError
 from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import SeededRandomness, SystemRandomness
 from client.site import is_simulated, site
@@ -69,6 +70,21 @@ class TestDeployed:
         monkeypatch.setenv("HOME", "/home/alice")
         node.config["ledger"] = "~/private/ledger.sqlite"
         assert site(node.config, {}, 1).ledger == Path("/home/alice/private/ledger.sqlite")
+
+    @pytest.mark.skipif(os.name != "posix", reason="needs file modes")
+    def test_a_ledger_that_others_may_write_or_exchange_is_refused(self, node, tmp_path):
+        folder = tmp_path / "shared"
+        folder.mkdir()
+        ledger = folder / "ledger.sqlite"
+        settings = {**node.config, "ledger": str(ledger)}
+        for place, mode in ((folder, 0o777), (ledger, 0o666)):
+            ledger.touch(0o600)
+            site(settings, {}, 1)  # the control
+            place.chmod(mode)
+            with pytest.raises(LedgerError, match=f"{place}: others may write here") as caught:
+                site(settings, {}, 1)
+            assert caught.value.public_message == ""
+            place.chmod(0o700)
 
     def test_its_randomness_cannot_be_repeated(self, node):
         found = site(node.config, {"seed": 0}, 1)
