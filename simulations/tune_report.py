@@ -14,22 +14,34 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FIGURE = "front.svg"
+_BY_HAND = (
+    "No ledger is charged for it. Before it starts, take it off the budget of every data set in it: of a budget\n"
+    "(epsilon, delta), the search leaves (epsilon minus its epsilon, delta minus its delta) for everything else."
+)
 _STYLE = (
     "<style>svg{background:#fff;font:12px sans-serif}.grid{stroke:#ddd}.line{fill:none;stroke:#1f5fae;stroke-width:2}"
     ".middle{text-anchor:middle}.end{text-anchor:end}</style>"
 )
 
 
-def costs(found: Sequence[tuple[float, float]], trials: RandomTrials | None) -> Table:
-    """What a search on private data costs."""
+def costs(found: Sequence[tuple[float, float]], total: float, delta: float, trials: RandomTrials | None) -> Table:
+    """What a search on private data costs.
+
+    Args:
+        found: Epsilon of one trial and of the search, at each budget.
+        total: Epsilon of the search at all budgets together.
+        delta: Of all these epsilons.
+        trials: How many there are.
+    """
     how = f"{trials.distribution}, mean {trials.mean:g}" if trials else ""
-    table = Table(title=f"Epsilon of the search ({how} trials; only the best is released)")
+    title = f"Epsilon of the search at delta {delta:g} ({how} trials; only the best is released)"
+    table = Table(title=title, caption=_BY_HAND, caption_justify="left")
     table.add_column("one trial", justify="right")
     table.add_column("the whole search", justify="right")
     for once, whole in found:
         table.add_row(f"{once:g}", f"{whole:.3f}")
     if len(found) > 1:
-        table.add_row("all budgets together, at most", f"{sum(whole for _, whole in found):.3f}")
+        table.add_row("all budgets together", f"{total:.3f}")
     return table
 
 
