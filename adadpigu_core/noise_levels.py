@@ -16,7 +16,7 @@ from adadpigu_core.accounting import Plan, PlanShape, first_guess, search_noise,
 from adadpigu_core.exceptions import BudgetError
 from adadpigu_core.quick_accounting import quick_epsilon, quick_epsilons
 
-LEVEL = 1.006  # noise of a budget over what it needs, at most, but for what the bound and the guess are off
+LEVEL = 1.008  # noise of a budget over what it needs, at most, but for what the bound and the guess are off
 _GUESS = 1.0005
 _MOST_TRIALS = 20
 

@@ -42,7 +42,7 @@ _MOST_WORK = 8e4
 _KNOTS = 16
 _KNOTS_OF_A_SEARCH = 5
 _MOST_EPSILONS = 480
-_FEWEST_POINTS = 10
+_FEWEST_POINTS = 8
 _MOST_TRIALS = 16
 _SMALLEST_SAMPLING = 1e-6
 _NOISE_TOLERANCE = 2e-3
@@ -227,7 +227,7 @@ def smallest_sampling(
     if not (math.isfinite(noise_ratio) and noise_ratio > 0):
         raise ConfigurationError(f"noise_ratio: must be positive and finite, got {noise_ratio}")
     many = len({client.target_epsilon for client in clients}) > _MOST_CALIBRATED
-    wanted = noise_ratio * (1 - (LEVEL - 1 if many else 0))
+    wanted = noise_ratio * (1 - 2 * _NOISE_TOLERANCE) / (LEVEL if many else 1)
     for _ in range(_MOST_TRIALS):
         probability = _sampling(clients, terms, aggregation, wanted, noise_ratio)
         plan = plan_noise(clients, replace(terms, sampling_probability=probability))

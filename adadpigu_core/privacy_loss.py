@@ -36,6 +36,8 @@ ROUNDING = 1e-16
 
 _MOST_BY_POWERS = 32
 
+_WORK_OF_A_KIND = 2e3
+
 # Beyond these the accounting is slow and the privacy void, so that epsilon counts as infinite: at delta 1e-5, a single
 # release at the least noise has epsilon 92 without sampling, and the largest variance of the loss means thousands.
 _LEAST_NOISE_MULTIPLIER = 0.1
@@ -106,9 +108,9 @@ def merge(events: Iterable[Event]) -> tuple[Event, ...]:
 
 
 def work(events: Sequence[Event]) -> float:
-    """Roughly the number of points on which ``epsilon`` has to compute; some 10 us each, if nothing of it is known."""
+    """Roughly what ``epsilon`` costs, if nothing of it is known, in points of a loss's grid: some 10 us each."""
     grid = _grid(events)
-    return sum(max(event.largest_loss() / grid, 0.0) for event in events)
+    return sum(_WORK_OF_A_KIND + max(event.largest_loss() / grid, 0.0) for event in events)
 
 
 def epsilon(events: Iterable[Event], delta: float) -> float:

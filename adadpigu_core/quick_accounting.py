@@ -234,29 +234,30 @@ def _compositions(
     start: NDArray[np.complex128],
 ) -> NDArray[np.complex128]:
     """Spectra after each row of counts, [points, frequencies], from the spectrum after the counts before."""
-    powers: dict[tuple[int, int], NDArray[np.complex128]] = {}
+    powers = [_Powers(spectrum) for spectrum in spectra]
     composed = np.empty((len(counts), len(start)), dtype=np.complex128)
     for row, grown in enumerate(np.diff(counts, axis=0, prepend=before[None])):
         current = start
         for index in np.flatnonzero(grown):
-            key = (int(index), int(grown[index]))
-            if key not in powers:
-                powers[key] = _power(spectra[key[0]], key[1])
-            current = current * powers[key]
+            current = powers[index].times(current, int(grown[index]))
         composed[row] = start = current
     return composed
 
 
-def _power(spectrum: NDArray[np.complex128], exponent: int) -> NDArray[np.complex128]:
-    """By squaring, which is much faster than NumPy's complex powers."""
-    result: NDArray[np.complex128] | None = None
-    while exponent:
-        if exponent & 1:
-            result = spectrum if result is None else result * spectrum
-        exponent >>= 1
-        if exponent:
-            spectrum = spectrum * spectrum
-    return np.ones_like(spectrum) if result is None else result
+class _Powers:
+    """Powers of a spectrum by squaring, which is much faster than NumPy's complex powers."""
+
+    def __init__(self, spectrum: NDArray[np.complex128]) -> None:
+        self._squares = [spectrum]
+
+    def times(self, factor: NDArray[np.complex128], exponent: int) -> NDArray[np.complex128]:
+        """A spectrum times a power of this one."""
+        while len(self._squares) < exponent.bit_length():
+            self._squares.append(self._squares[-1] * self._squares[-1])
+        for bit, square in enumerate(self._squares):
+            if exponent >> bit & 1:
+                factor = factor * square
+        return factor
 
 
 def _solved(masses: Vector, low: int, grid: float, infinite: Vector, delta: float) -> Vector:
