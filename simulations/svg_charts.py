@@ -5,16 +5,17 @@ and name as well as by colour, and takes its colours from the page, so that it f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 480, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 16, 12, 46
 # as many as lines, so that each has its own without its colour
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "4 2 1 2", "1 5", "10 2 2 2 2 2", "18 6", "5 6")
 _MOST_LINES = 10
 _MOST_POINTS = 400
+_MOST_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,18 @@ class Line:
 
     name: str
     points: tuple[tuple[float, float], ...]
+
+
+def merged(lines: Iterable[Line]) -> tuple[Line, ...]:
+    """Lines of which none hides another: those with the same points become one, under all their names."""
+    alike: dict[tuple[tuple[float, float], ...], list[str]] = {}
+    for line in lines:
+        alike.setdefault(line.points, []).append(line.name)
+    return tuple(Line(_together(names), points) for points, names in alike.items())
+
+
+def _together(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= _MOST_NAMES else f"{names[0]} and {len(names) - 1} alike"
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,9 @@ class Chart:
                 f'<polyline class="line c{index % 6}" stroke-dasharray="{_DASHES[index % len(_DASHES)]}" '
                 f'points="{scale.path(line.points)}"/>'
             )
+            if len(line.points) == 1:  # no line to see
+                x, y = line.points[0]
+                body.append(f'<circle class="c{index % 6}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="3"/>')
         return head + "".join(body) + "</svg>"
 
     def legend(self) -> list[tuple[str, str]]:
@@ -149,10 +165,10 @@ def _grid(scale: _Scale, x_label: str, y_label: str) -> list[str]:
     for tick in scale.x_ticks:
         x = scale.x(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="middle" x="{x:.1f}" y="{bottom + 16}">{tick:g}</text>')
+        parts.append(f'<text class="middle" x="{x:.1f}" y="{bottom + 18}">{tick:g}</text>')
     middle = (_TOP + bottom) / 2
     parts.append(f'<text class="middle" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 6}">{escape(x_label)}</text>')
     parts.append(
-        f'<text class="middle" transform="rotate(-90 12 {middle})" x="12" y="{middle}">{escape(y_label)}</text>'
+        f'<text class="middle" transform="rotate(-90 15 {middle})" x="15" y="{middle}">{escape(y_label)}</text>'
     )
     return parts
