@@ -229,30 +229,6 @@ def _epsilon_of(losses: Any, delta: float) -> float:
         return float(losses.get_epsilon_for_delta(delta))
 
 
-def epsilons(events: Sequence[Event], delta: float) -> list[float]:
-    """Epsilon after the first of some events, after the first two, and so on, for little more than one ``epsilon``.
-
-    Args:
-        events: In the order of time.
-        delta: In (0, 1).
-
-    Returns:
-        As many numbers, none smaller than the one before and none too small. Those of beginnings that hardly cost
-        anything beside the whole are too large by more than those of ``epsilon``: one grid serves for all.
-    """
-    check_delta(delta, "delta")
-    certain_delta = delta - ROUNDING * sum(event.count for event in events)
-    if not any(event.count for event in events) or certain_delta <= 0 or is_void(events):
-        return [epsilon(events[: i + 1], delta) for i in range(len(events))]
-    grid, found, losses = _grid(events), [0.0], None
-    for event in events:
-        if event.count:
-            piece = _composed(event.noise_multiplier, event.sampling_probability, event.count, grid)
-            losses = piece if losses is None else losses.compose(piece)
-        found.append(max(found[-1], _epsilon_of(losses, certain_delta)) if losses is not None else 0.0)
-    return found[1:]
-
-
 def _grid(events: Sequence[Event]) -> float:
     return loss_grid(events, _OVERSTATEMENT, _MOST_POINTS)
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from adadpigu_core.accounting import Plan
 from adadpigu_core.planning import ClientPlan, FederationPlan, noise_to_clipping, releases
 from adadpigu_core.weights import marginal_values
+from simulations.rounding import up
 
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _MOST_ROWS = 20
@@ -127,11 +128,15 @@ def _headline(plan: FederationPlan, solved: str) -> str:
     batches = [terms.sampling_probability * one.client.records for one in plan.clients]
     sampling = f"sampling probability {terms.sampling_probability:.4g}"
     return {
-        "noise": f"Noise multipliers of training: {_range(noise)}.",
-        "epsilon": f"Every client spends epsilon {spent:.4g}.",
-        "rounds": f"All clients can afford {terms.num_rounds} rounds with noise multiplier {noise[0]:.4g}.",
+        "noise": f"Noise multipliers of training: {_noises(noise)}.",
+        "epsilon": f"Every client spends epsilon {up(spent, 4)}.",
+        "rounds": f"All clients can afford {terms.num_rounds} rounds with noise multiplier {noise[0]:g}.",
         "batch": f"Expected batches of {_range(batches)} records: {sampling}.",
     }[solved]
+
+
+def _noises(values: list[float]) -> str:
+    return " to ".join(dict.fromkeys(up(value, 4) for value in (min(values), max(values))))
 
 
 def _range(values: list[float]) -> str:
@@ -150,7 +155,7 @@ def _clients_table(plan: FederationPlan, aggregation: str) -> Table:
             one.client.id,
             str(one.client.records),
             _noise_text(one.plan),
-            f"{one.epsilon:.3f} of {one.client.target_epsilon:g}",
+            f"{up(one.epsilon, 3)} of {one.client.target_epsilon:g}",
             str(steps // one.plan.steps_per_round),
             f"{share:.1%}",
             f"{value:+.2%}" if math.isfinite(value) else "all",
@@ -160,8 +165,8 @@ def _clients_table(plan: FederationPlan, aggregation: str) -> Table:
 
 def _noise_text(plan: Plan) -> str:
     training = (plan.training.noise_multiplier, plan.events[-1].noise_multiplier)
-    pretraining = [f"{plan.pretraining.noise_multiplier:.3f}"] if plan.pretraining.count else []
-    text = " to ".join(dict.fromkeys(f"{noise:.3f}" for noise in training))
+    pretraining = [up(plan.pretraining.noise_multiplier, 3)] if plan.pretraining.count else []
+    text = " to ".join(dict.fromkeys(up(noise, 3) for noise in training))
     return " / ".join(dict.fromkeys([*pretraining, text]))
 
 
@@ -181,7 +186,7 @@ def _epsilon_table(plan: FederationPlan) -> Table:
         table.add_column(one.client.id, justify="right", overflow="fold")
     shown = sorted({round(part * (len(plan.points) - 1) / 9) for part in range(10)})
     for index in shown:
-        table.add_row(str(plan.points[index]), *(f"{one.epsilons[index]:.3f}" for one in few))
+        table.add_row(str(plan.points[index]), *(up(one.epsilons[index], 3) for one in few))
     return table
 
 

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from adadpigu_core.accounting import Event, epsilon
 from adadpigu_core.exceptions import ConfigurationError
 from server.run_folder import CONFIGURATION, METRICS, PRIVACY, RESULT
+from simulations.rounding import up
 from simulations.svg_charts import Chart, Line, merged
 
 log = logging.getLogger("adadpigu.simulations")
@@ -335,4 +336,5 @@ def _infinite(value: float | None) -> float:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "unbounded" if value is None or math.isinf(value) else f"{value:.{digits}f}"
+    """Write an epsilon."""
+    return "unbounded" if value is None or math.isinf(value) else up(value, digits)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from simulations.rounding import up
 from simulations.selection_cost import RandomTrials
 from simulations.svg_charts import Chart, Line
 from simulations.tune import Point, Search, front
@@ -39,9 +40,9 @@ def costs(found: Sequence[tuple[float, float]], total: float, delta: float, tria
     table.add_column("one trial", justify="right")
     table.add_column("the whole search", justify="right")
     for once, whole in found:
-        table.add_row(f"{once:g}", f"{whole:.3f}")
+        table.add_row(f"{once:g}", up(whole, 3))
     if len(found) > 1:
-        table.add_row("all budgets together", f"{total:.3f}")
+        table.add_row("all budgets together", up(total, 3))
     return table
 
 
@@ -55,7 +56,7 @@ def show(console: Console, points: Sequence[Point], search: Search) -> None:
         chosen = {key: value for key, value in point.settings.items() if search.flat.get(key) != value}
         chosen.pop("privacy.target-epsilon", None)
         text = ", ".join(f"{key} = {value}" for key, value in chosen.items())
-        table.add_row(f"{point.epsilon:.3f}", f"{point.accuracy:.4f}", text)
+        table.add_row(up(point.epsilon, 3), f"{point.accuracy:.4f}", text)
     console.print(table)
     path = search.output / FIGURE
     _draw(best, path)
