@@ -104,6 +104,7 @@ class _Unseen:
 def _run(console: Console, search: "Search", data: str, accepted: bool) -> None:
     from simulations import tune_report
     from simulations.display import progressing
+    from simulations.status import working
     from simulations.tune import check, cost, run, total_cost
 
     check(search, data)
@@ -115,7 +116,7 @@ def _run(console: Console, search: "Search", data: str, accepted: bool) -> None:
     say = partial(console.print, highlight=False)
     if search.private:
         say("Searching. How many trials there are, and how they do, stays secret; so should how long this takes.")
-        with console.status("Searching"):
+        with working("Searching"):
             points: list[Point] = run(search, _unseen, say)
     else:
         points = run(search, partial(progressing, console), say)

@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from adadpigu_core.accounting import (
     PRETRAINING,
     TRAINING,
-    Event,
     NoiseSchedule,
     Plan,
     PlanShape,

@@ -62,6 +62,12 @@ def test_everything_is_in_the_json(plan, csv, tmp_path):
         assert text in result.output
 
 
+def test_it_says_what_it_is_doing_apart_from_the_answer(plan, csv):
+    result = plan("--clients", csv, *QUICK)
+    assert result.stderr == "Accounting for 2 clients ...\n"
+    assert "Accounting" not in result.stdout
+
+
 def test_printed_numbers_are_on_the_safe_side(plan, csv):
     result = plan("--clients", csv, "--pretraining-round-share", 0, *QUICK)
     shown = {}
