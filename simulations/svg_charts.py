@@ -25,10 +25,14 @@ class Line:
     Args:
         name: For the legend.
         points: (x, y), finite.
+        marked: Whether every point has a mark; one that is alone always has.
+        joined: Whether there is a line from point to point.
     """
 
     name: str
     points: tuple[tuple[float, float], ...]
+    marked: bool = False
+    joined: bool = True
 
 
 def merged(lines: Iterable[Line]) -> tuple[Line, ...]:
@@ -98,13 +102,7 @@ class Chart:
         scale = _Scale.around([point for line in self.drawn for point in line.points])
         body = [*_grid(scale, self.x_label, self.y_label)]
         for index, line in enumerate(self.drawn):
-            body.append(
-                f'<polyline class="line c{index % 6}" stroke-dasharray="{_DASHES[index % len(_DASHES)]}" '
-                f'points="{scale.path(line.points)}"/>'
-            )
-            if len(line.points) == 1:  # no line to see
-                x, y = line.points[0]
-                body.append(f'<circle class="c{index % 6}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="3"/>')
+            body += _drawn(line, index, scale)
         return head + "".join(body) + "</svg>"
 
     def legend(self) -> list[tuple[str, str]]:
@@ -144,6 +142,18 @@ class _Scale:
         if len(kept) == 1:
             kept = [(kept[0][0] - 0.01 * self.x_ticks[-1], kept[0][1]), kept[0]]
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in kept)
+
+
+def _drawn(line: Line, index: int, scale: _Scale) -> list[str]:
+    parts = []
+    if line.joined:
+        parts.append(
+            f'<polyline class="line c{index % 6}" stroke-dasharray="{_DASHES[index % len(_DASHES)]}" '
+            f'points="{scale.path(line.points)}"/>'
+        )
+    for x, y in line.points if line.marked or len(line.points) == 1 else ():
+        parts.append(f'<circle class="c{index % 6}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="3"/>')
+    return parts
 
 
 def _ticks(low: float, high: float) -> tuple[float, ...]:

@@ -20,8 +20,8 @@ _BY_HAND = (
     "(epsilon, delta), the search leaves (epsilon minus its epsilon, delta minus its delta) for everything else."
 )
 _STYLE = (
-    "<style>svg{background:#fff;font:12px sans-serif}.grid{stroke:#ddd}.line{fill:none;stroke:#1f5fae;stroke-width:2}"
-    ".middle{text-anchor:middle}.end{text-anchor:end}</style>"
+    "<style>svg{background:#fff;font:12px sans-serif}.grid{stroke:#ddd}.line,circle{fill:none;stroke-width:2}"
+    ".c0{stroke:#1f5fae}.c1{stroke:#767676}.middle{text-anchor:middle}.end{text-anchor:end}</style>"
 )
 
 
@@ -59,7 +59,7 @@ def show(console: Console, points: Sequence[Point], search: Search) -> None:
         table.add_row(up(point.epsilon, 3), f"{point.accuracy:.4f}", text)
     console.print(table)
     path = search.output / FIGURE
-    _draw(best, path)
+    _draw(points, path)
     for target in sorted({point.target for point in points}):
         name = search.output / f"best-epsilon-{target:g}.toml"
         console.print(f"adadpigu simulate --config {name}", markup=False, highlight=False, soft_wrap=True)
@@ -67,6 +67,17 @@ def show(console: Console, points: Sequence[Point], search: Search) -> None:
 
 
 def _draw(points: Sequence[Point], path: "Path") -> None:
-    line = Line("front", tuple((point.epsilon, point.accuracy) for point in points))
-    svg = Chart("front", "Accuracy against epsilon", "epsilon", "accuracy", (line,)).svg()
+    """Draw all trials, and a line through those that no other beats."""
+    best = front(points)
+    lines = [
+        Line("trials that no other beats", tuple((point.epsilon, point.accuracy) for point in best), marked=True),
+        Line(
+            "other trials",
+            tuple((point.epsilon, point.accuracy) for point in points if point not in best),
+            marked=True,
+            joined=False,
+        ),
+    ]
+    x_label = "epsilon (on the line: trials that no other beats)"
+    svg = Chart("front", "Accuracy against epsilon", x_label, "accuracy", tuple(lines)).svg()
     path.write_text(svg.replace("<title", f"{_STYLE}<title", 1), encoding="utf-8")

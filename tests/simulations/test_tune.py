@@ -66,7 +66,10 @@ class TestOnPublicData:
             assert best.privacy.target_epsilon == target
             assert best.runtime.output == ""
         assert "trials that no other beats" in result.output
-        assert (folder / "front.svg").read_text().startswith("<svg")
+        figure = (folder / "front.svg").read_text()
+        assert figure.startswith("<svg")
+        assert 2 < figure.count("<circle") <= 24  # those that were not stopped
+        assert figure.count("<polyline") == 1
 
     def test_all_may_be_searched_and_only_what_is_named_is(self, ran, tmp_path):
         assert run("--output", tmp_path / "all", "--trials", 6, *QUICK).exit_code == 0
