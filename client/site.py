@@ -63,6 +63,7 @@ _MOVED = {
     "target-delta": "the budget of a data set stands in the node's policy, and nowhere else",
 }
 _SIMULATED = {"partition-id", "num-partitions"}
+_UNSEEDED = "unseeded"  # of a simulated node: its noise does not follow from the seed
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def is_simulated(node_config: Mapping[str, Value]) -> bool:
     Ray job, but its process is not connected to Ray. Settings of both kinds make a deployed node that is refused.
     """
     if node_config.get("simulation") is True:
-        return set(node_config) == {*_SIMULATED, "simulation"}
+        return set(node_config) - {_UNSEEDED} == {*_SIMULATED, "simulation"}
     return set(node_config) == _SIMULATED and _in_ray_worker()
 
 
@@ -162,7 +163,7 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
     )
     # rows are keyed by the whole name, so that it does no harm if two names are cut to the same file
     stem = re.sub(r"[^a-z0-9-]+", "-", dataset.lower())[-100:]
-    seeded = node_config.get("simulation") is True
+    seeded = node_config.get("simulation") is True and not node_config.get(_UNSEEDED)
     return Site(
         name=entry.id if entry else f"client-{index}",
         records=records,

@@ -182,6 +182,13 @@ class TestIsSimulated:
     def test_the_engine_says_so(self):
         assert is_simulated({**NODE, "simulation": True})
 
+    def test_its_noise_may_be_secret(self, npz):
+        run = run_config(npz, seed=7)
+        seeded, secret = (site({**NODE, "simulation": True, **more}, run, 1) for more in ({}, {"unseeded": True}))
+        assert isinstance(seeded.randomness(1), SeededRandomness)
+        assert isinstance(secret.randomness(1), SystemRandomness)
+        assert not is_simulated({**NODE, "unseeded": True})
+
     @pytest.mark.parametrize("value", [False, "true", "True", 1, 1.0])
     def test_nothing_but_true_says_so(self, value):
         assert not is_simulated({**NODE, "simulation": value})
