@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
-from adadpigu_core.accounting import PRETRAINING, TRAINING
+from adadpigu_core.accounting import TRAINING
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
 from adadpigu_core.exceptions import FederationError, MessageError
@@ -333,12 +333,16 @@ class AdaDPIGU(Strategy):
     def _apply(self, contributions: list[Contribution], server_round: int) -> None:
         """Move the weights and learn the statistics."""
         combined = aggregate(contributions)
-        if not self.state.optimiser.step(combined.update, combined.mask, server_round):
-            log.warning("round %d: the step leads beyond all numbers; the model stays as it is", server_round)
-            return
-        if self._schedule.phase(server_round) == PRETRAINING or not self._requests.server_statistics:
-            return
         steps, rate = self._configuration.federation.local_steps, self._configuration.optimiser.local_learning_rate
         gradient = -combined.update / (rate * steps)
         noise_stddev = combined.noise_stddev * self._expected.standardisation.scale
-        self.state.statistics = self.state.statistics.updated(gradient, noise_stddev, combined.mask)
+        update, shrinkage = combined.update, self.state.shrinkage
+        if self._schedule.phase(server_round) == TRAINING:
+            shrinkage = shrinkage.updated(gradient, noise_stddev, combined.mask)
+            update = update * shrinkage.factors(combined.mask)
+        if not self.state.optimiser.step(update, combined.mask, server_round):
+            log.warning("round %d: the step leads beyond all numbers; the model stays as it is", server_round)
+            return
+        self.state.shrinkage = shrinkage
+        if self._schedule.phase(server_round) == TRAINING and self._requests.server_statistics:
+            self.state.statistics = self.state.statistics.updated(gradient, noise_stddev, combined.mask)

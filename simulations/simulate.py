@@ -14,12 +14,13 @@ from adadpigu_core import datasets
 from adadpigu_core.configuration import Configuration, Value, flatten, parse, read_toml, settings, to_toml
 from adadpigu_core.exceptions import ConfigurationError
 from client.partitions import Deal, deal, listed_clients
-from server.app import model_spec
+from server.app import check_oracle, model_spec
 from server.app import run as run_server
 from server.round_report import RoundReport
 from server.run_folder import CHECKPOINT, CONFIGURATION, RESULT, RunFolder
 from simulations import flower_engine
 from simulations.in_process import InProcessGrid
+from simulations.oracle import oracle_scores
 from simulations.report import LiveReport
 from simulations.tensorboard_log import TensorBoardLog
 
@@ -113,6 +114,7 @@ def simulate(simulation: Simulation, engine: str, show: Show, ray_address: str |
     Raises:
         AdaDPIGUError: If the run failed.
     """
+    check_oracle(simulation.configuration, available=engine == "in-process")
     watchers = _Watchers(simulation, show)
     try:
         run = _in_process if engine == "in-process" else partial(_through_flower, ray_address=ray_address)
@@ -156,7 +158,7 @@ def _in_process(simulation: Simulation, see: Show) -> dict[str, Any]:
         see({**line, **evaluated})
 
     with InProcessGrid("client.app:app", nodes, flatten(configuration), num_workers=workers) as grid:
-        return run_server(grid, configuration, simulation.folder, observe, grid.wait)
+        return run_server(grid, configuration, simulation.folder, observe, grid.wait, oracle_scores)
 
 
 def _through_flower(simulation: Simulation, see: Show, ray_address: str | None) -> dict[str, Any]:
