@@ -53,30 +53,33 @@ def prepare(flat: Mapping[str, Value]) -> Simulation:
         ConfigurationError: For settings that cannot be used, or a folder that holds a run already.
         DataError: If the data set cannot be read.
     """
-    configuration = parse(flat)
+    configuration = resolved(parse(flat))
     output = configuration.runtime.output or _default_output(configuration)
     folder = Path(output).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigurationError(
             f"runtime.output: {folder} is not empty; choose another folder, or go on with its run by --resume {folder}"
         )
-    ledgers = configuration.privacy.ledger_dir
-    configuration = replace(
-        configuration,
-        task=replace(configuration.task, dataset=_absolute(configuration.task.dataset)),
-        federation=replace(configuration.federation, clients=_absolute_path(configuration.federation.clients)),
-        runtime=replace(configuration.runtime, output=str(folder)),
-        privacy=replace(configuration.privacy, ledger_dir=_absolute_path(ledgers)),
-    )
+    configuration = replace(configuration, runtime=replace(configuration.runtime, output=str(folder)))
     data = datasets.load(configuration.task.dataset)
     model_spec(configuration, data)  # to see whether it fits, before a folder is made
     records = _shares(configuration, data)
-    if ledgers:
+    if configuration.privacy.ledger_dir:
         _claim_ledgers(configuration)
     run_folder = RunFolder(folder)
     configuration = _keep_clients(configuration, run_folder)
     run_folder.write_text(CONFIGURATION, to_toml(configuration))
     return Simulation(configuration, run_folder, records, done=0)
+
+
+def resolved(configuration: Configuration) -> Configuration:
+    """The same with absolute paths, so that a run may go on from another directory, and has the same ledgers there."""
+    return replace(
+        configuration,
+        task=replace(configuration.task, dataset=_absolute(configuration.task.dataset)),
+        federation=replace(configuration.federation, clients=_absolute_path(configuration.federation.clients)),
+        privacy=replace(configuration.privacy, ledger_dir=_absolute_path(configuration.privacy.ledger_dir)),
+    )
 
 
 def resume(path: Path) -> Simulation:
@@ -190,7 +193,7 @@ def _through_flower(simulation: Simulation, see: Show, ray_address: str | None) 
 
 
 def _absolute(dataset: str) -> str:
-    """Name the user's own file so that the run can go on from another directory, and has the same ledgers there."""
+    """Name the user's own file by its absolute path."""
     prefix, path = datasets.taken_apart(dataset)
     return f"{prefix}{Path(path).expanduser().absolute()}" if prefix and path else dataset
 
@@ -266,4 +269,4 @@ def _claim_ledgers(configuration: Configuration) -> None:
         )
 
 
-__all__ = ["CHECKPOINT", "ENGINES", "Simulation", "prepare", "read_settings", "resume", "simulate"]
+__all__ = ["CHECKPOINT", "ENGINES", "Simulation", "prepare", "read_settings", "resolved", "resume", "simulate"]
