@@ -57,7 +57,7 @@ def _setting(
 class TaskSettings:
     """What is learnt."""
 
-    dataset: str = _setting("digits", "digits, mnist, fashion-mnist, cifar-10, npz:PATH, csv:PATH or images:PATH")
+    dataset: str = _setting("digits", f"a name or a place: {datasets.CHOICES}")
     model: str = _setting(
         "auto", "auto (by data set), digits-cnn, mnist-cnn, cifar-cnn, mlp, linear or package.module:factory"
     )

@@ -6,6 +6,7 @@ type and shape alone, never on the values: scaling by a data set's own mean woul
     digits                  scikit-learn's 8 x 8 digits, no download; a fixed split into 1,437 and 360 records
     mnist, fashion-mnist    by torchvision, scaled to [0, 1]
     cifar-10                by torchvision, scaled to [0, 1], then (x - 0.5) / 0.25
+    wide-table              made up, see `made_up`; mnist-background likewise
     npz:PATH                the user's own arrays, see `_features` for what is done to them
     csv:PATH, images:PATH   the user's own tables and images, see `own_files`; then as arrays
 
@@ -25,13 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adadpigu_core import own_files
+from adadpigu_core import made_up, own_files
 from adadpigu_core.exceptions import ConfigurationError, DataError
 
 NPZ_PREFIX = "npz:"
 DATA_DIR_VARIABLE = "ADADPIGU_DATA_DIR"
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar-10": "CIFAR10"}
-NAMES = ("digits", *_TORCHVISION)
+NAMES = ("digits", *_TORCHVISION, *made_up.NAMES)
 _PREFIXES = (NPZ_PREFIX, own_files.CSV_PREFIX, own_files.IMAGES_PREFIX)
 CHOICES = ", ".join((*NAMES, *(f"{prefix}PATH" for prefix in _PREFIXES)))
 
@@ -155,6 +156,11 @@ def load(name: str, *, root: str | None = None) -> DataSet:
         raise ConfigurationError(f"unknown data set {name!r}: choose {CHOICES}")
     if name == "digits":
         return _digits()
+    if name == made_up.WIDE_TABLE:
+        train, test = made_up.wide_table()
+        return DataSet(Records(*train), Records(*test), num_classes=2)
+    if name == made_up.MNIST_BACKGROUND:
+        return _with_background(load("mnist", root=root))
     folder = root or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/adadpigu"
     return _torchvision(name, Path(folder).expanduser())
 
@@ -218,6 +224,14 @@ def _digits() -> DataSet:
     x_train, x_test = (torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) for x in parts[:2])
     y_train, y_test = (torch.tensor(y, dtype=torch.int64) for y in parts[2:])
     return DataSet(Records(x_train, y_train), Records(x_test, y_test), num_classes=10)
+
+
+def _with_background(data: DataSet) -> DataSet:
+    train, test = (
+        Records(made_up.with_background(split.features, seed), split.labels)
+        for seed, split in enumerate((data.train, data.test), start=1)
+    )
+    return DataSet(train, test, data.num_classes)
 
 
 def _torchvision(name: str, folder: Path) -> DataSet:

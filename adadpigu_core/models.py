@@ -70,6 +70,8 @@ _DEFAULTS = {
     "mnist": "mnist-cnn",
     "fashion-mnist": "mnist-cnn",
     "cifar-10": "cifar-cnn",
+    "wide-table": "linear",
+    "mnist-background": "linear",
 }
 
 
