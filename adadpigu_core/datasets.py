@@ -9,6 +9,7 @@ type and shape alone, never on the values: scaling by a data set's own mean woul
     wide-table              made up, see `made_up`; mnist-background likewise
     npz:PATH                the user's own arrays, see `_features` for what is done to them
     csv:PATH, images:PATH   the user's own tables and images, see `own_files`; then as arrays
+    text:PATH               the user's own texts, see `text`
 
 Left out: augmentation, and data sets that do not fit into memory.
 """
@@ -28,12 +29,13 @@ from torch import Tensor
 
 from adadpigu_core import made_up, own_files
 from adadpigu_core.exceptions import ConfigurationError, DataError
+from adadpigu_core.text import TEXT_PREFIX, TextSource
 
 NPZ_PREFIX = "npz:"
 DATA_DIR_VARIABLE = "ADADPIGU_DATA_DIR"
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar-10": "CIFAR10"}
 NAMES = ("digits", *_TORCHVISION, *made_up.NAMES)
-_PREFIXES = (NPZ_PREFIX, own_files.CSV_PREFIX, own_files.IMAGES_PREFIX)
+_PREFIXES = (NPZ_PREFIX, own_files.CSV_PREFIX, own_files.IMAGES_PREFIX, TEXT_PREFIX)
 CHOICES = ", ".join((*NAMES, *(f"{prefix}PATH" for prefix in _PREFIXES)))
 
 
@@ -148,8 +150,8 @@ def load(name: str, *, root: str | None = None) -> DataSet:
         path = _npz_path(name)
         with _naming(path):
             return _npz_data_set(path)
-    if own_files.is_own(name):
-        (x, y), (x_test, y_test) = (own_files.read_split(name, split) for split in ("train", "test"))
+    if own_files.is_own(name) or name.startswith(TEXT_PREFIX):
+        (x, y), (x_test, y_test) = _read_splits(name)
         with _naming(name):
             return _arrays_data_set({"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test})
     if name not in NAMES:
@@ -163,6 +165,12 @@ def load(name: str, *, root: str | None = None) -> DataSet:
         return _with_background(load("mnist", root=root))
     folder = root or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/adadpigu"
     return _torchvision(name, Path(folder).expanduser())
+
+
+def _read_splits(name: str) -> tuple[own_files.Pair, own_files.Pair]:
+    if name.startswith(TEXT_PREFIX):
+        return TextSource.of(name).split()
+    return own_files.read_split(name, "train"), own_files.read_split(name, "test")
 
 
 def load_records(source: str, *, root: str | None = None) -> Records:
@@ -180,8 +188,8 @@ def load_records(source: str, *, root: str | None = None) -> Records:
         ConfigurationError: The name is unknown.
         DataError: The file is missing, damaged or lacks the keys.
     """
-    if own_files.is_own(source):
-        x, y = own_files.read_site(source)
+    if own_files.is_own(source) or source.startswith(TEXT_PREFIX):
+        x, y = TextSource.of(source).site() if source.startswith(TEXT_PREFIX) else own_files.read_site(source)
         with _naming(source):
             return _npz_records({"x": x, "y": y})
     if not source.startswith(NPZ_PREFIX):

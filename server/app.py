@@ -84,7 +84,7 @@ def run(
 
     def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
-        return MetricRecord(asdict(evaluate(flatten(model))))
+        return MetricRecord(dict(evaluate(flatten(model)).metrics))
 
     def record(report: RoundReport) -> None:
         line = asdict(report)
@@ -108,8 +108,7 @@ def run(
     folder.write_json(PRIVACY, _privacy(strategy))
     final = evaluate(state.optimiser.weights)
     result = {
-        "accuracy": final.accuracy,
-        "loss": final.loss,
+        **final.metrics,
         "rounds": state.round,
         "seconds": state.seconds,
         "bytes_up": state.bytes_up,

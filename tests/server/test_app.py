@@ -118,6 +118,8 @@ class TestFolder:
             "code",
             "parameters",
             "unit",
+            "area_under_curve",  # of public test data
+            "not_private",  # follows from the settings
         }
         assert set(result) == public | {"clients", "refused"}
         account = {
