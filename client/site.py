@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from adadpigu_core import datasets
-from adadpigu_core.configuration import DEVICES, Configuration, RuntimeSettings, Value, parse, run_folder
+from adadpigu_core.configuration import DEVICES, ORACLE, Configuration, RuntimeSettings, Value, parse, run_folder
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import DEFAULTS, PRECISIONS, GradientOptions
@@ -121,6 +121,9 @@ def site(node_config: Mapping[str, Value], run_config: Mapping[str, Value], flow
     if is_simulated(node_config):
         return _simulated(parse(run_config), flower_run, node_config)
     check_node(node_config)
+    if run_config.get("pretraining.ranking") == ORACLE:
+        text = "pretraining.ranking: an oracle is for simulations; this client holds records of its own"
+        raise ConfigurationError(text, text)
     limits = load(Path(str(node_config["policy"])).expanduser()).of(data_set_name(node_config))
     return _deployed(tuple(sorted(node_config.items())), limits)
 
