@@ -16,7 +16,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core import datasets, factories, models
+from adadpigu_core import datasets, factories, front_ends, models
 from adadpigu_core.accounting import NoiseSchedule, PlanShape, pretraining_rounds
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.exceptions import ConfigurationError
@@ -60,6 +60,10 @@ class TaskSettings:
     )
     activation: str = _setting("relu", "activation of the networks", choices=tuple(models.ACTIVATIONS))
     normalisation: str = _setting("group", "normalisation after each convolution", choices=models.NORMALISATIONS)
+    features: str = _setting("raw", "fixed features that the network sees", choices=front_ends.FEATURES)
+    evaluate_on: str = _setting(
+        "test", "validation: a tenth of the training records, which then do not train", choices=datasets.EVALUATED_ON
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from adadpigu_core import datasets
 from adadpigu_core.configuration import Configuration, Value, parse, run_folder, to_toml
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.front_ends import applied
 from adadpigu_core.models import ModelSpec, build, check_private, default_model
 from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.provenance import code_fingerprint
@@ -55,13 +56,13 @@ def run(
     Returns:
         What stands in ``result.json``.
     """
-    data = datasets.load(configuration.task.dataset)
+    data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     spec = model_spec(configuration, data)
     model = build(spec, seed=configuration.seed)
     check_private(model)
     state = ServerState.fresh(configuration, ParameterLayout.of(model))
     _restore(state, configuration, folder)
-    evaluate = evaluator(build(spec, seed=configuration.seed), data.test)
+    evaluate = evaluator(build(spec, seed=configuration.seed), applied(spec.features, data.test))
 
     def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
@@ -114,6 +115,7 @@ def model_spec(configuration: Configuration, data: datasets.DataSet) -> ModelSpe
         normalisation=task.normalisation if name.endswith("-cnn") else "none",
         input_shape=data.input_shape,
         num_classes=data.num_classes,
+        features=task.features,
     )
 
 
