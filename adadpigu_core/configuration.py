@@ -146,6 +146,9 @@ class OptimiserSettings:
     name: str = _setting("sgd", "server optimiser", choices=OPTIMISERS)
     momentum: float = _setting(0.9, "server momentum (adam: first-moment decay)", least=0, below=1)
     warmup_rounds: int = _setting(0, "rounds over which the server rate rises to its value", least=0)
+    average_decay: float = _setting(
+        0.0, "weight of the past in an average of the weights, evaluated as well; 0: none", least=0, below=1
+    )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.provenance import code_fingerprint
 from server.evaluation import evaluator
 from server.exchange import Wait, sleep
+from server.outcome import outcome
 from server.round_report import RoundReport, ignore
 from server.run_folder import CONFIGURATION, PRIVACY, RESULT, RunFolder
 from server.state import ServerState
@@ -62,7 +63,8 @@ def run(
     check_private(model)
     state = ServerState.fresh(configuration, ParameterLayout.of(model))
     _restore(state, configuration, folder)
-    evaluate = evaluator(build(spec, seed=configuration.seed), applied(spec.features, data.test))
+    test = applied(spec.features, data.test)
+    evaluate = evaluator(build(spec, seed=configuration.seed), test)
 
     def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
@@ -88,10 +90,8 @@ def run(
         evaluate_fn=cast(EvaluateFn, evaluate_fn),
     )
     folder.write_json(PRIVACY, _privacy(strategy))
-    final = evaluate(state.optimiser.weights)
     result = {
-        "accuracy": final.accuracy,
-        "loss": final.loss,
+        **outcome(state.optimiser, evaluate, test, folder.metrics()),
         "rounds": state.round,
         "seconds": state.seconds,
         "bytes_up": state.bytes_up,
