@@ -16,7 +16,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core import datasets, factories, models
+from adadpigu_core import datasets, factories, front_ends, models
 from adadpigu_core.accounting import NoiseSchedule, PlanShape, pretraining_rounds
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.exceptions import ConfigurationError
@@ -63,6 +63,10 @@ class TaskSettings:
     )
     activation: str = _setting("relu", "activation of the networks", choices=tuple(models.ACTIVATIONS))
     normalisation: str = _setting("group", "normalisation after each convolution", choices=models.NORMALISATIONS)
+    features: str = _setting("raw", "fixed features that the network sees", choices=front_ends.FEATURES)
+    evaluate_on: str = _setting(
+        "test", "validation: a tenth of the training records, which then do not train", choices=datasets.EVALUATED_ON
+    )
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,9 @@ class OptimiserSettings:
     name: str = _setting("sgd", "server optimiser", choices=OPTIMISERS)
     momentum: float = _setting(0.9, "server momentum (adam: first-moment decay)", least=0, below=1)
     warmup_rounds: int = _setting(0, "rounds over which the server rate rises to its value", least=0)
+    average_decay: float = _setting(
+        0.0, "weight of the past in an average of the weights, evaluated as well; 0: none", least=0, below=1
+    )
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,26 @@ class DataSet:
         return tuple(self.train.features.shape[1:])
 
 
+TEST, VALIDATION = "test", "validation"
+EVALUATED_ON = (TEST, VALIDATION)
+_VALIDATION_SHARE = 0.1
+
+
+def evaluated_on(data: DataSet, part: str) -> DataSet:
+    """Say what a task is evaluated on: its test records, or a tenth of the training records, which then do not train.
+
+    Settings that were chosen on test records make results on them look better than they are; chosen on validation
+    records, they do not. Which tenth it is depends on the number of records alone.
+    """
+    if part == TEST:
+        return data
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    held_out = max(1, round(_VALIDATION_SHARE * len(data.train)))
+    parts = (torch.sort(indices).values for indices in (order[held_out:], order[:held_out]))
+    train, test = (data.train.select(indices) for indices in parts)
+    return DataSet(train, test, data.num_classes)
+
+
 def is_name(name: str) -> bool:
     """Whether a data set could be loaded by this name, as far as the name goes."""
     return name in NAMES or is_own(name)

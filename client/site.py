@@ -150,10 +150,10 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
     if type(index) is not int or type(count) is not int or not 0 <= index < count:
         raise ConfigurationError(f"there is no partition {index!r} of {count!r}")
     federation, privacy = configuration.federation, configuration.privacy
-    dataset = configuration.task.dataset
+    dataset, evaluated_on = configuration.task.dataset, configuration.task.evaluate_on
     how = Deal(federation.partition, federation.dirichlet_alpha, federation.partition_seed, federation.clients)
     device = available_device(configuration.runtime.device)
-    records, content = _share(dataset, index, count, how, device)
+    records, content = _share((dataset, evaluated_on), index, count, how, device)
     entry = listed_clients(how.clients)[index] if how.clients else None
     folder = (
         Path(privacy.ledger_dir).expanduser()
@@ -173,28 +173,32 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
             Target(entry.target_epsilon if entry else privacy.target_epsilon, privacy.target_delta)
         ),
         num_records=len(records),
-        num_classes=_data_set(dataset).num_classes,
+        num_classes=_data_set((dataset, evaluated_on)).num_classes,
         simulation_key=(configuration.seed, index) if seeded else None,
         options=configuration.runtime.gradient_options,
         device=device,
     )
 
 
+_Task = tuple[str, str]  # a data set, and the part of it that is for evaluation
+
+
 @lru_cache(maxsize=4)
-def _data_set(name: str) -> datasets.DataSet:
-    return datasets.load(name)
+def _data_set(task: _Task) -> datasets.DataSet:
+    name, evaluated_on = task
+    return datasets.evaluated_on(datasets.load(name), evaluated_on)
 
 
 @lru_cache(maxsize=1024)
-def _share(dataset: str, index: int, count: int, split: Deal, device: str) -> tuple[Records, str]:
-    shares = _split(dataset, count, split)
-    records = _data_set(dataset).train.select(torch.from_numpy(shares[index]))
+def _share(task: _Task, index: int, count: int, split: Deal, device: str) -> tuple[Records, str]:
+    shares = _split(task, count, split)
+    records = _data_set(task).train.select(torch.from_numpy(shares[index]))
     return records.to(device), records.fingerprint()
 
 
 @lru_cache(maxsize=4)
-def _split(dataset: str, count: int, split: Deal) -> list[NDArray[np.int64]]:
-    return deal(_data_set(dataset).train.labels.numpy(), count, split)
+def _split(task: _Task, count: int, split: Deal) -> list[NDArray[np.int64]]:
+    return deal(_data_set(task).train.labels.numpy(), count, split)
 
 
 def data_set_name(node_config: Mapping[str, Value]) -> str:

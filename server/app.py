@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from adadpigu_core import datasets
 from adadpigu_core.configuration import ORACLE, Configuration, Value, not_private, parse, run_folder, to_toml
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.front_ends import applied
 from adadpigu_core.models import ModelSpec, build, check_private, default_model
 from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.provenance import code_fingerprint
 from server.evaluation import evaluator
 from server.exchange import Wait, sleep
+from server.outcome import outcome
 from server.round_report import RoundReport, ignore
 from server.run_folder import CONFIGURATION, PRIVACY, RESULT, RunFolder
 from server.state import ServerState
@@ -72,7 +74,7 @@ def run(
         ConfigurationError: If the settings ask for an oracle, and there is none here.
     """
     check_oracle(configuration, available=oracle is not None)
-    data = datasets.load(configuration.task.dataset)
+    data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     spec = model_spec(configuration, data)
     model = build(spec, seed=configuration.seed)
     check_private(model)
@@ -80,7 +82,8 @@ def run(
     _restore(state, configuration, folder)
     if oracle is not None and configuration.pretraining.ranking == ORACLE:
         state.importance.reveal(oracle(model, configuration))
-    evaluate = evaluator(build(spec, seed=configuration.seed), data.test)
+    test = applied(spec.features, data.test)
+    evaluate = evaluator(build(spec, seed=configuration.seed), test)
 
     def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
@@ -106,9 +109,8 @@ def run(
         evaluate_fn=cast(EvaluateFn, evaluate_fn),
     )
     folder.write_json(PRIVACY, _privacy(strategy))
-    final = evaluate(state.optimiser.weights)
     result = {
-        **final.metrics,
+        **outcome(state.optimiser, evaluate, test, folder.metrics()),
         "rounds": state.round,
         "seconds": state.seconds,
         "bytes_up": state.bytes_up,
@@ -133,6 +135,7 @@ def model_spec(configuration: Configuration, data: datasets.DataSet) -> ModelSpe
         normalisation=task.normalisation if name.endswith("-cnn") else "none",
         input_shape=data.input_shape,
         num_classes=data.num_classes,
+        features=task.features,
     )
 
 

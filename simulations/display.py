@@ -149,6 +149,10 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
         console.print(f"[yellow]node {refusal['node']} did not take part: {escape(reason)}[/yellow]", soft_wrap=True)
     if result.get("not_private"):
         console.print(f"[red]{escape(result['not_private'])}[/red]", soft_wrap=True)
+    if result["diverged"]:
+        console.print(f"[yellow]{escape(result['diverged'])}[/yellow]", soft_wrap=True, highlight=False)
+    if "average" in result:
+        console.print(f"Accuracy of the averaged weights {result['average']['accuracy']:.4f}", highlight=False)
     console.print(
         f"Accuracy on held-out test data [bold]{result['accuracy']:.4f}[/bold] after {result['rounds']} rounds "
         f"in {result['seconds']:.0f} s; {_size(result['bytes_up'])} up, {_size(result['bytes_down'])} down.",

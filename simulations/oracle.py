@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adadpigu_core import datasets
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
+from adadpigu_core.front_ends import applied
 from adadpigu_core.gradients import clipped_sum, cross_entropy
 from adadpigu_core.importance import DRIFT, importance_of
 from adadpigu_core.parameters import assign, flatten
@@ -29,7 +30,8 @@ def oracle_scores(model: nn.Module, configuration: Configuration) -> Tensor:
     Returns:
         Scores, float64 [d]. Not private.
     """
-    records = datasets.load(configuration.task.dataset).train
+    data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
+    records = applied(configuration.task.features, data.train)
     optimiser, measure = configuration.optimiser, configuration.pretraining.measure
     rate = optimiser.local_learning_rate * optimiser.server_learning_rate
     start = flatten(model)

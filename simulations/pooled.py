@@ -23,6 +23,7 @@ from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation
 from adadpigu_core.configuration import ORACLE, Configuration, not_private
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.front_ends import applied
 from adadpigu_core.gradients import cross_entropy
 from adadpigu_core.importance import DRIFT
 from adadpigu_core.models import build
@@ -79,7 +80,7 @@ def run(configuration: Configuration) -> dict[str, Any]:
         ConfigurationError: If clients are not equal, or the settings need messages.
     """
     _check(configuration)
-    data = datasets.load(configuration.task.dataset)
+    data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     pool = _pool(configuration, data)
     spec = model_spec(configuration, data)
     model = build(spec, seed=configuration.seed)
@@ -88,7 +89,7 @@ def run(configuration: Configuration) -> dict[str, Any]:
     if configuration.pretraining.ranking == ORACLE:
         state.importance.reveal(oracle_scores(model, configuration))
     sent = sum(_round(pool, state, model, number) for number in range(1, configuration.federation.num_rounds + 1))
-    quality = evaluator(model, data.test)(state.optimiser.weights)
+    quality = evaluator(model, applied(spec.features, data.test))(state.optimiser.weights)
     return {**quality.metrics, "bytes_up": sent * pool.num_clients * _BYTES, "not_private": not_private(configuration)}
 
 
@@ -132,7 +133,8 @@ def _pool(configuration: Configuration, data: datasets.DataSet) -> _Pool:
     if max(sizes) - min(sizes) > 1:
         raise ConfigurationError(f"clients have {min(sizes)} to {max(sizes)} records; only equal ones can be pooled")
     plan = calibrate(configuration.plan_shape, privacy.target_epsilon, privacy.target_delta, ())
-    return _Pool(data.train.select(np.concatenate(shares)), len(shares), plan, configuration)
+    records = applied(configuration.task.features, data.train.select(np.concatenate(shares)))
+    return _Pool(records, len(shares), plan, configuration)
 
 
 def _check(configuration: Configuration) -> None:

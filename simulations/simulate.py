@@ -61,7 +61,7 @@ def prepare(flat: Mapping[str, Value]) -> Simulation:
             f"runtime.output: {folder} is not empty; choose another folder, or go on with its run by --resume {folder}"
         )
     configuration = replace(configuration, runtime=replace(configuration.runtime, output=str(folder)))
-    data = datasets.load(configuration.task.dataset)
+    data = _data_set(configuration)
     model_spec(configuration, data)  # to see whether it fits, before a folder is made
     records = _shares(configuration, data)
     if configuration.privacy.ledger_dir:
@@ -101,7 +101,7 @@ def resume(path: Path) -> Simulation:
     )
     checkpoint = folder.load_checkpoint()
     done = int(checkpoint[1]["round"]) if checkpoint else 0
-    records = _shares(configuration, datasets.load(configuration.task.dataset))
+    records = _shares(configuration, _data_set(configuration))
     return Simulation(configuration, folder, records, done)
 
 
@@ -229,6 +229,10 @@ def _default_output(configuration: Configuration) -> str:
     return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def _data_set(configuration: Configuration) -> datasets.DataSet:
+    return datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
+
+
 def _shares(configuration: Configuration, data: datasets.DataSet) -> list[int]:
     """Number of records of each client; the clients deal them out again, in the same way."""
     federation = configuration.federation
@@ -246,6 +250,8 @@ def _claim_ledgers(configuration: Configuration) -> None:
     clients = federation.clients
     wanted = {
         "task.dataset": configuration.task.dataset,
+        # absent from the files of older releases
+        "task.evaluate-on": None if configuration.task.evaluate_on == datasets.TEST else datasets.VALIDATION,
         "federation.num-clients": federation.num_clients,
         "federation.partition": federation.partition,
         "federation.dirichlet-alpha": federation.dirichlet_alpha,
