@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from adadpigu_core import factories
+from adadpigu_core import factories, front_ends
 from adadpigu_core.exceptions import ConfigurationError, ModelError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
@@ -70,6 +70,8 @@ _DEFAULTS = {
     "mnist": "mnist-cnn",
     "fashion-mnist": "mnist-cnn",
     "cifar-10": "cifar-cnn",
+    "wide-table": "linear",
+    "mnist-background": "linear",
 }
 
 
@@ -83,6 +85,7 @@ class ModelSpec:
         normalisation: "none", or "group": group normalisation without parameters after each convolution.
         input_shape: Shape of one record; [channels, height, width] for the convolutional networks.
         num_classes: Number of outputs, at least 2.
+        features: Front end between record and network, one of ``front_ends.FEATURES``.
 
     Raises:
         ConfigurationError: A value is unknown or out of range, or the network does not take this shape.
@@ -93,12 +96,14 @@ class ModelSpec:
     normalisation: str
     input_shape: tuple[int, ...]
     num_classes: int
+    features: str = front_ends.RAW
 
     def __post_init__(self) -> None:
         for key, value, choices in (
             ("model", self.name, (self.name,) if factories.is_factory(self.name) else NAMES),
             ("activation", self.activation, tuple(ACTIVATIONS)),
             ("normalisation", self.normalisation, NORMALISATIONS),
+            ("features", self.features, front_ends.FEATURES),
         ):
             if value not in choices:
                 more = " or package.module:factory" if key == "model" else ""
@@ -110,15 +115,21 @@ class ModelSpec:
     def _check_shape(self) -> None:
         if not self.input_shape or any(size < 1 for size in self.input_shape):
             raise ConfigurationError(f"input_shape {self.input_shape} is not a shape")
+        shape = self.feature_shape
         plan = _CONVOLUTIONAL.get(self.name)
         if plan is None:
             if self.normalisation != "none":
                 raise ConfigurationError(f"{self.name} has no convolution: set normalisation to 'none'")
-        elif len(self.input_shape) != 3 or self.input_shape[1:] != plan.image:
+        elif len(shape) != 3 or shape[1:] != plan.image:
             raise ConfigurationError(
                 f"{self.name} takes images of shape (channels, {plan.image[0]}, {plan.image[1]}), not "
-                f"{self.input_shape}: {_that_fit(self.input_shape)} fit"
+                f"{shape}: {_that_fit(shape)} fit"
             )
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """Shape of what the network takes for one record."""
+        return front_ends.feature_shape(self.features, self.input_shape)
 
 
 def _that_fit(input_shape: tuple[int, ...]) -> str:
@@ -137,10 +148,13 @@ def default_model(dataset_name: str) -> str:
     """
     if dataset_name.startswith(("npz:", "csv:", "images:")):
         return "mlp"
+    if dataset_name.startswith("text:"):
+        return "linear"
     if dataset_name not in _DEFAULTS:
         known = ", ".join(_DEFAULTS)
         raise ConfigurationError(
-            f"no default model for data set {dataset_name!r}: known are {known}, npz:PATH, csv:PATH, images:PATH"
+            f"no default model for data set {dataset_name!r}: known are {known}, npz:PATH, csv:PATH, images:PATH, "
+            "text:PATH"
         )
     return _DEFAULTS[dataset_name]
 
@@ -156,13 +170,13 @@ def build(spec: ModelSpec, *, seed: int) -> nn.Module:
         seed: Seed of the initial weights. Public.
 
     Returns:
-        A network that maps features [n, *input_shape] to logits [n, num_classes].
+        A network that maps features [n, *spec.feature_shape] to logits [n, num_classes].
     """
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reset the generators of the accelerators, which are not restored.
         torch.default_generator.manual_seed(seed)
         if factories.is_factory(spec.name):
-            return factories.build(spec.name, spec.input_shape, spec.num_classes)
+            return factories.build(spec.name, spec.feature_shape, spec.num_classes)
         plan = _CONVOLUTIONAL.get(spec.name)
         return _convolutional(plan, spec) if plan else _fully_connected(spec)
 
@@ -176,13 +190,15 @@ def fingerprint(spec: ModelSpec) -> str:
         ConfigurationError: If the source of a factory is not installed here.
     """
     source = factories.source_fingerprint(spec.name) if factories.is_factory(spec.name) else ""
-    text = json.dumps([asdict(spec), source], sort_keys=True)
+    # what has no front end is named as it was before there were any
+    parts = {key: value for key, value in asdict(spec).items() if (key, value) != ("features", front_ends.RAW)}
+    text = json.dumps([parts, source], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _convolutional(plan: _Convolutional, spec: ModelSpec) -> nn.Module:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    channels = spec.input_shape[0]
+    channels = spec.feature_shape[0]
     for number, block in enumerate(plan.blocks, start=1):
         layers[f"convolution{number}"] = nn.Conv2d(channels, block.channels, block.kernel, block.stride, block.padding)
         channels = block.channels
@@ -197,7 +213,7 @@ def _convolutional(plan: _Convolutional, spec: ModelSpec) -> nn.Module:
 
 def _fully_connected(spec: ModelSpec) -> nn.Module:
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    return _with_head(layers, math.prod(spec.input_shape), _MLP_HIDDEN if spec.name == "mlp" else None, spec)
+    return _with_head(layers, math.prod(spec.feature_shape), _MLP_HIDDEN if spec.name == "mlp" else None, spec)
 
 
 def _with_head(layers: "OrderedDict[str, nn.Module]", features: int, hidden: int | None, spec: ModelSpec) -> nn.Module:

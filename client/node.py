@@ -26,8 +26,9 @@ from adadpigu_core.adaptive_clipping import (
     Statistics,
     expand,
 )
-from adadpigu_core.datasets import check_records
+from adadpigu_core.datasets import Records, check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
+from adadpigu_core.front_ends import Cache
 from adadpigu_core.gradients import check_gradients, check_rounding, cross_entropy
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
@@ -56,6 +57,7 @@ log = logging.getLogger("adadpigu.client")
 # Calibration uses a budget up to about a thousandth. Less than this share of it is a rest and not a budget: noise in
 # the hundreds would fit into it, and a run that nobody wants.
 _LEAST_SHARE = 0.01
+_FEATURES = Cache()
 
 
 def answer(wire: Wire, site: Site, kind: type[DescribeRequest] | type[TrainRequest]) -> Wire:
@@ -105,8 +107,8 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
     _check_code(request.code, site)
     model, _ = _model(request.model, request.layout, site)
     spec = request.model
-    check_isolation(model, torch.rand(4, *spec.input_shape, generator=torch.Generator().manual_seed(0)))
-    check_gradients(model, cross_entropy, spec.input_shape, spec.num_classes)
+    check_isolation(model, torch.rand(4, *spec.feature_shape, generator=torch.Generator().manual_seed(0)))
+    check_gradients(model, cross_entropy, spec.feature_shape, spec.num_classes)
     if ledger.plan(request.run) is None:
         with _named_by_the_server():
             asked = _smaller(Target(request.target_epsilon, request.target_delta), site.target)
@@ -167,7 +169,7 @@ def _release(
     update = train_round(
         work.model,
         cross_entropy,
-        site.records,
+        work.records,
         work.mechanism,
         work.mask,
         work.statistics,
@@ -196,6 +198,7 @@ class _Work:
     """A request that has passed every check."""
 
     model: nn.Module
+    records: Records
     mechanism: Mechanism
     mask: Tensor
     statistics: Statistics
@@ -233,9 +236,10 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
         )
     statistics = _statistics(request, memory, layout)
     spec = request.model
-    guard = partial(check_rounding, model, cross_entropy, spec.input_shape, spec.num_classes)
+    guard = partial(check_rounding, model, cross_entropy, spec.feature_shape, spec.num_classes)
     guard(statistics.standardisation(mask))
-    return _Work(model, mechanism, mask, statistics, target, stored, guard)
+    records = _FEATURES.get(spec.features, site.records, site.content)
+    return _Work(model, records, mechanism, mask, statistics, target, stored, guard)
 
 
 def _recorded(run: str, site: Site, ledger: Ledger) -> tuple[Plan, Target]:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from adadpigu_core import datasets
-from adadpigu_core.configuration import DEVICES, Configuration, RuntimeSettings, Value, parse, run_folder
+from adadpigu_core.configuration import DEVICES, ORACLE, Configuration, RuntimeSettings, Value, parse, run_folder
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError, LedgerError
 from adadpigu_core.gradients import DEFAULTS, PRECISIONS, GradientOptions
@@ -124,6 +124,9 @@ def site(node_config: Mapping[str, Value], run_config: Mapping[str, Value], flow
     if is_simulated(node_config):
         return _simulated(parse(run_config), flower_run, node_config)
     check_node(node_config)
+    if run_config.get("pretraining.ranking") == ORACLE:
+        text = "pretraining.ranking: an oracle is for simulations; this client holds records of its own"
+        raise ConfigurationError(text, text)
     limits = owners_limits(node_config)
     check_ledger_place(ledger_path(node_config))
     return _deployed(tuple(sorted(node_config.items())), limits)
@@ -151,10 +154,10 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
     if type(index) is not int or type(count) is not int or not 0 <= index < count:
         raise ConfigurationError(f"there is no partition {index!r} of {count!r}")
     federation, privacy = configuration.federation, configuration.privacy
-    dataset = configuration.task.dataset
+    dataset, evaluated_on = configuration.task.dataset, configuration.task.evaluate_on
     how = Deal(federation.partition, federation.dirichlet_alpha, federation.partition_seed, federation.clients)
     device = available_device(configuration.runtime.device)
-    records, content = _share(dataset, index, count, how, device)
+    records, content = _share((dataset, evaluated_on), index, count, how, device)
     entry = listed_clients(how.clients)[index] if how.clients else None
     folder = (
         Path(privacy.ledger_dir).expanduser()
@@ -174,28 +177,32 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
             Target(entry.target_epsilon if entry else privacy.target_epsilon, privacy.target_delta)
         ),
         num_records=len(records),
-        num_classes=_data_set(dataset).num_classes,
+        num_classes=_data_set((dataset, evaluated_on)).num_classes,
         simulation_key=(configuration.seed, index) if seeded else None,
         options=configuration.runtime.gradient_options,
         device=device,
     )
 
 
+_Task = tuple[str, str]  # a data set, and the part of it that is for evaluation
+
+
 @lru_cache(maxsize=4)
-def _data_set(name: str) -> datasets.DataSet:
-    return datasets.load(name)
+def _data_set(task: _Task) -> datasets.DataSet:
+    name, evaluated_on = task
+    return datasets.evaluated_on(datasets.load(name), evaluated_on)
 
 
 @lru_cache(maxsize=1024)
-def _share(dataset: str, index: int, count: int, split: Deal, device: str) -> tuple[Records, str]:
-    shares = _split(dataset, count, split)
-    records = _data_set(dataset).train.select(torch.from_numpy(shares[index]))
+def _share(task: _Task, index: int, count: int, split: Deal, device: str) -> tuple[Records, str]:
+    shares = _split(task, count, split)
+    records = _data_set(task).train.select(torch.from_numpy(shares[index]))
     return records.to(device), records.fingerprint()
 
 
 @lru_cache(maxsize=4)
-def _split(dataset: str, count: int, split: Deal) -> list[NDArray[np.int64]]:
-    return deal(_data_set(dataset).train.labels.numpy(), count, split)
+def _split(task: _Task, count: int, split: Deal) -> list[NDArray[np.int64]]:
+    return deal(_data_set(task).train.labels.numpy(), count, split)
 
 
 def data_set_name(node_config: Mapping[str, Value]) -> str:

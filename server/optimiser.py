@@ -2,6 +2,10 @@
 
 The mean update plays the part of a negative gradient. Coordinates that nobody retained do not move, even if the
 optimiser still remembers a direction for them.
+
+Beside the weights goes, if it is wanted, an exponential average of them over the rounds, which is evaluated and never
+sent. Until the decay is reached it forgets as a mean over the later half of the rounds does, so that the start is gone
+soon.
 """
 
 from typing import Any
@@ -23,6 +27,7 @@ class ServerOptimiser:
     def __init__(self, settings: OptimiserSettings, weights: Tensor) -> None:
         self._settings = settings
         self._weights = torch.nn.Parameter(weights.clone())
+        self._average = weights.clone() if settings.average_decay > 0 else None
         self._optimiser: torch.optim.Optimizer
         if settings.name == "adam":
             self._optimiser = torch.optim.Adam([self._weights], betas=(settings.momentum, 0.99), eps=1e-4)
@@ -34,10 +39,17 @@ class ServerOptimiser:
         """Current weights, float32 [d]."""
         return self._weights.detach().clone()
 
+    @property
+    def average(self) -> Tensor | None:
+        """Average of the weights, float32 [d]; None if none is kept."""
+        return None if self._average is None else self._average.clone()
+
     def reset(self, weights: Tensor) -> None:
         """Start from other weights, with nothing remembered."""
         with torch.no_grad():
             self._weights.copy_(weights)
+        if self._average is not None:
+            self._average = weights.clone()
         self._optimiser.state.clear()
 
     def step(self, update: Tensor, mask: Tensor, round_number: int) -> bool:
@@ -61,19 +73,28 @@ class ServerOptimiser:
         with torch.no_grad():
             self._weights.copy_(torch.where(mask, self._weights, before["weights"]))
         if all(bool(value.isfinite().all()) for value in self.state().values()):
+            self._remember(round_number)
             return True
         self.restore(before)
         return False
 
+    def _remember(self, round_number: int) -> None:
+        if self._average is not None:
+            decay = min(self._settings.average_decay, (round_number - 1) / (round_number + 1))
+            self._average = torch.lerp(self.weights, self._average, decay)
+
     def state(self) -> dict[str, Tensor]:
         """Everything, for a checkpoint."""
         moments = {f"optimiser.{name}": value for name, value in self._moments().items()}
-        return {"weights": self.weights, **moments}
+        average = {} if self._average is None else {"average": self._average.clone()}
+        return {"weights": self.weights, **average, **moments}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint."""
         with torch.no_grad():
             self._weights.copy_(state["weights"])
+        if self._average is not None:
+            self._average = state["average"].clone()
         moments: dict[str, Any] = {
             name.removeprefix("optimiser."): value for name, value in state.items() if name.startswith("optimiser.")
         }

@@ -7,7 +7,6 @@ import logging
 import shlex
 import sys
 import tomllib
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +17,14 @@ from rich.table import Table
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
 from simulations import (
     doctor_commands,
+    explore_command,
+    figure_command,
     ledger_commands,
     node_commands,
     plan_command,
     policy_commands,
     report_command,
+    reproduce_command,
     tune_command,
 )
 from simulations.benchmarks.command_line import app as benchmark
@@ -149,27 +151,11 @@ def _parse_value(text: str) -> bool | int | float | str:
     return value if isinstance(value, bool | int | float | str) else text
 
 
-@app.command()
-def reproduce(
-    table: Annotated[str, typer.Argument(help="Which: digits, mnist or heterogeneous.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry, with seeds from 0.")] = 3,
-    output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs that are there are kept.")] = None,
-) -> None:
-    """Make a results table of the README again. An interrupted table goes on where it stopped."""
-    from simulations.display import progressing
-    from simulations.reproduce import reproduce as make
-
-    console = Console()
-    folder = output or Path("runs") / f"table-{table}"
-    try:
-        text = make(table, seeds, folder, partial(progressing, console), console.print)
-    except AdaDPIGUError as error:
-        raise failed(error) from error
-    console.print(text, markup=False, soft_wrap=True, highlight=False)
-
-
+app.command("reproduce", help=reproduce_command.HELP)(reproduce_command.reproduce)
 app.command("plan", help=plan_command.HELP)(plan_command.plan)
 app.command("report", help=report_command.HELP)(report_command.report)
+app.command("explore", help=explore_command.HELP)(explore_command.explore)
+app.command("figure", help=figure_command.HELP)(figure_command.figure)
 app.command("tune", help=tune_command.HELP)(tune_command.tune)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from adadpigu_core.accounting import Event, epsilon
+from adadpigu_core.configuration import ORACLE
 from adadpigu_core.exceptions import ConfigurationError
 from server.run_folder import CONFIGURATION, METRICS, PRIVACY, RESULT
 from simulations.rounding import up
@@ -33,6 +34,7 @@ _NOT_COVERED = (
     "Not covered: that a client takes part and when it answers; its declared number of records, noise and budget; "
     "people with several records; settings that were chosen by looking at results on private data."
 )
+_ORACLE = "NOT PRIVATE: coordinates were ranked by an oracle, which reads gradients without noise. A control only."
 _SIMULATED = "A simulation draws its noise from a seed: whoever knows the seed can take the noise off."
 
 
@@ -201,6 +203,8 @@ def _status(run: RunFiles) -> str:
 
 
 def _statement(run: RunFiles) -> list[str]:
+    if run.settings.get("pretraining", {}).get("ranking") == ORACLE:
+        return [_ORACLE]
     if not run.clients:
         return ["No client has described itself yet."]
     deltas = sorted({f"{client['delta']:g}" for client in run.clients})

@@ -1,219 +1,147 @@
-"""The tables of the README, each made again by one command.
+"""Tables of results, each made again by one command.
 
-A table is one settings file, some budgets, and two methods at every budget: AdaDPIGU as configured, and plain DP-FedSGD
-(everything retained from the start, no pretraining, no adaptive clipping) with the same accounting, rounds and clipping
-norm. Accuracy is that of the last iterate on test data. A run that is there already is not run again, so that an
-interrupted table goes on where it stopped.
+A table's runs lie in one folder. A run that is there already is not run again and one that was interrupted goes on, so
+that a table goes on where it stopped; a run that was made with other settings is an error and never taken for its own.
+Runs may work side by side, each in a process of its own with its own workers.
 """
 
 import json
-import math
-import os
-import platform
-import statistics
-import subprocess
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core.configuration import Value
+from adadpigu_core.configuration import Value, flatten, parse, read_toml
 from adadpigu_core.exceptions import ConfigurationError
-from server.run_folder import CONFIGURATION, RESULT
+from server.run_folder import CONFIGURATION, RESULT, RunFolder
+from simulations import table_report
 from simulations.display import Progressing
-from simulations.simulate import prepare, read_settings, resume, simulate
+from simulations.simulate import prepare, read_settings, resolved, resume, simulate
+from simulations.tables import Method, Row, Table
 
 Watch = Callable[[int, int], AbstractContextManager[Progressing]]
-
-_EXPERIMENTS = Path(__file__).parent / "experiments"
-
-PLAIN: dict[str, Value] = {
-    "pretraining.round-share": 0.0,
-    "retention.initial-ratio": 1.0,
-    "adaptive-clipping.rule": "none",
-}
+MARKDOWN, JSON = "table.md", "table.json"
+# where and how a run was carried out is no part of what was run
+_ANYWHERE = ("runtime.", "federation.clients", "federation.round-timeout", "federation.start-timeout")
 
 
 @dataclass(frozen=True)
-class Table:
-    """What a table compares.
+class Run:
+    """One run of a table.
 
     Args:
-        title: For the heading.
-        settings: Name of the settings file in ``experiments/``.
-        budgets: For each epsilon what differs from the file, for both methods.
+        row: Name of the row.
+        method: Name of the method.
+        title: For people.
+        flat: Its settings.
+        folder: Where it writes.
     """
 
+    row: str
+    method: str
     title: str
-    settings: str
-    budgets: dict[float, dict[str, Value]]
+    flat: Mapping[str, Value]
+    folder: Path
 
 
-TABLES = {
-    "digits": Table("Digits, 10 clients, IID", "digits.toml", {8.0: {}, 2.0: {"optimiser.local-learning-rate": 0.05}}),
-    "mnist": Table(
-        "MNIST, 10 clients, IID", "mnist.toml", {8.0: {}, 4.0: {}, 1.0: {"optimiser.local-learning-rate": 0.2}}
-    ),
-}
-
-
-@dataclass(frozen=True)
-class WeightsTable:
-    """What the table of ways to weight clients compares.
+def reproduce(table: Table, seeds: int, jobs: int, output: Path, watch: Watch, say: Callable[[str], None]) -> str:
+    """Run what is missing of a table, and write it as Markdown, which is returned, and as JSON.
 
     Args:
-        name: On the command line.
-        title: For the heading.
-        settings: Name of the settings file in ``experiments/``.
-        kinds: For each kind of weight what differs from the file.
-    """
-
-    name: str
-    title: str
-    settings: str
-    kinds: dict[str, dict[str, Value]]
-
-
-WEIGHTS = WeightsTable(
-    "heterogeneous",
-    "Digits, 10 clients with 60 to 240 records and budgets from epsilon 0.5 to 8",
-    "heterogeneous.toml",
-    {"precision": {}, "records": {}, "uniform": {}},
-)
-METHODS: dict[str, tuple[str, dict[str, Value]]] = {"adadpigu": ("AdaDPIGU", {}), "dp-fedsgd": ("DP-FedSGD", PLAIN)}
-
-
-def reproduce(name: str, seeds: int, output: Path, watch: Watch, say: Callable[[str], None]) -> str:
-    """Run what is missing of a table and write it as Markdown, which is returned.
-
-    Args:
-        name: Key of ``TABLES``.
+        table: What to run.
         seeds: Runs of each entry, with seeds from 0.
+        jobs: Runs side by side.
         output: Folder of the runs.
-        watch: Shows the progress of a run, given its rounds and how many are done.
-        say: Told which run begins.
+        watch: Shows the progress of a run, given its rounds and how many are done, where there is one at a time.
+        say: Told which run begins or is done.
 
     Raises:
-        ConfigurationError: If there is no such table.
+        ConfigurationError: If settings cannot be used, or the folder holds runs with others.
+        AdaDPIGUError: If a run failed.
     """
-    if name == WEIGHTS.name:
-        return _reproduce_weights(seeds, output, watch, say)
-    if name not in TABLES:
-        raise ConfigurationError(f"there is no table {name!r}; choose {', '.join((*TABLES, WEIGHTS.name))}")
-    table = TABLES[name]
-    results: dict[tuple[float, str], list[dict[str, Any]]] = {}
-    for epsilon in table.budgets:
-        for method in METHODS:
-            runs = [
-                _run(
-                    _settings(table, method, epsilon, seed),
-                    output / f"{method}-epsilon-{epsilon:g}-seed-{seed}",
-                    f"{METHODS[method][0]}, epsilon {epsilon:g}, seed {seed}",
-                    watch,
-                    say,
-                )
-                for seed in range(seeds)
-            ]
-            results[epsilon, method] = runs
-    text = _markdown(table, results, name, seeds)
-    (output / "table.md").write_text(text, encoding="utf-8")
+    planned = runs(table, seeds, output)
+    missing = [run for run in planned if not _is_done(run)]
+    if jobs > 1:
+        _side_by_side(missing, jobs, say)
+    else:
+        for run in missing:
+            say(run.title)
+            _carry_out(run, watch)
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in planned:
+        result = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
+        results.setdefault((run.row, run.method), []).append(result)
+    found = table_report.summary(table, results, seeds, _machine(planned[0]))
+    text = table_report.markdown(found)
+    folder = RunFolder(output)
+    folder.write_json(JSON, found)
+    folder.write_text(MARKDOWN, text)
     return text
 
 
-def _settings(table: Table, method: str, epsilon: float, seed: int) -> dict[str, Value]:
-    return {
-        **read_settings(_EXPERIMENTS / table.settings),
-        **METHODS[method][1],
-        **table.budgets[epsilon],
-        "privacy.target-epsilon": epsilon,
-        **_seeded(seed),
+def runs(table: Table, seeds: int, output: Path) -> list[Run]:
+    """All runs of a table: by row, method and seed."""
+    return [_run(row, method, seed, output) for row in table.rows for method in table.methods for seed in range(seeds)]
+
+
+def _run(row: Row, method: Method, seed: int, output: Path) -> Run:
+    flat = {
+        **read_settings(row.settings),
+        **row.changes(method),
+        "seed": seed,
+        "federation.partition-seed": seed,
     }
+    title = f"{row.label}, {method.title}{'' if method.private else ' (not private)'}, seed {seed}"
+    return Run(row.name, method.name, title, flat, output / f"{row.name}-{method.name}-seed-{seed}")
 
 
-def _seeded(seed: int) -> dict[str, Value]:
-    return {"seed": seed, "federation.partition-seed": seed}
-
-
-def _run(flat: dict[str, Value], folder: Path, title: str, watch: Watch, say: Callable[[str], None]) -> dict[str, Any]:
-    if not (folder / RESULT).exists():
-        say(title)
-        begun = (folder / CONFIGURATION).exists()
-        simulation = resume(folder) if begun else prepare({**flat, "runtime.output": str(folder)})
-        with watch(simulation.configuration.federation.num_rounds, simulation.done) as progress:
-            return simulate(simulation, "in-process", progress.show)
-    return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
-
-
-def _reproduce_weights(seeds: int, output: Path, watch: Watch, say: Callable[[str], None]) -> str:
-    """The table of ways to weight clients with different budgets: the same clients, plans and seeds for all."""
-    results: dict[str, list[dict[str, Any]]] = {}
-    for kind, changes in WEIGHTS.kinds.items():
-        fixed = {**read_settings(_EXPERIMENTS / WEIGHTS.settings), **changes, "federation.aggregation": kind}
-        results[kind] = [
-            _run({**fixed, **_seeded(seed)}, output / f"{kind}-seed-{seed}", f"{kind} weights, seed {seed}", watch, say)
-            for seed in range(seeds)
-        ]
-    text = _weights_markdown(results, seeds)
-    (output / "table.md").write_text(text, encoding="utf-8")
-    return text
-
-
-def _weights_markdown(results: dict[str, list[dict[str, Any]]], seeds: int) -> str:
-    accuracies = {kind: [100 * run["accuracy"] for run in runs] for kind, runs in results.items()}
-    lines = [
-        f"**{WEIGHTS.title}** (accuracy on test data in %, last iterate, mean ± standard deviation over {seeds} seeds)",
-        "",
-        "| weights | accuracy | precision minus these, paired | largest share of a client's budget spent |",
-        "|---|---|---|---|",
-    ]
-    for kind, values in accuracies.items():
-        differences = [best - value for best, value in zip(accuracies["precision"], values, strict=True)]
-        gain = "" if kind == "precision" else _spread(differences, sign="+")
-        shares = [client["epsilon"] / client["target_epsilon"] for run in results[kind] for client in run["clients"]]
-        lines.append(f"| {kind} | {_spread(values)} | {gain} | {max(shares):.4f} |")
-    return "\n".join([*lines, "", _origin(WEIGHTS.name, seeds, [run for runs in results.values() for run in runs]), ""])
-
-
-def _markdown(table: Table, results: dict[tuple[float, str], list[dict[str, Any]]], name: str, seeds: int) -> str:
-    lines = [
-        f"**{table.title}** (accuracy on test data in %, last iterate, mean ± standard deviation over {seeds} seeds)",
-        "",
-        "| epsilon | AdaDPIGU | DP-FedSGD | difference, paired | largest epsilon spent |",
-        "|---|---|---|---|---|",
-    ]
-    for epsilon in table.budgets:
-        ours, plain = ([100 * run["accuracy"] for run in results[epsilon, method]] for method in METHODS)
-        differences = [mine - theirs for mine, theirs in zip(ours, plain, strict=True)]
-        runs = results[epsilon, "adadpigu"] + results[epsilon, "dp-fedsgd"]
-        epsilons = [client["epsilon"] for run in runs for client in run["clients"]]
-        spent = math.inf if None in epsilons else max(epsilons)
-        lines.append(
-            f"| {epsilon:g} | {_spread(ours)} | {_spread(plain)} | {_spread(differences, sign='+')} | {spent:.3f} |"
+def _is_done(run: Run) -> bool:
+    """Whether a run is over. Raises if its folder holds something else."""
+    wanted = flatten(resolved(parse(run.flat)))
+    if not (run.folder / CONFIGURATION).exists():
+        return False
+    found = flatten(parse(read_toml(run.folder / CONFIGURATION)))
+    other = [key for key in wanted if not key.startswith(_ANYWHERE) and found[key] != wanted[key]]
+    if other:
+        raise ConfigurationError(
+            f"{run.folder} holds a run with {other[0]} = {found[other[0]]!r}, not {wanted[other[0]]!r}; "
+            "choose another --output, or remove it"
         )
-    return "\n".join([*lines, "", _origin(name, seeds, [run for runs in results.values() for run in runs]), ""])
+    return (run.folder / RESULT).exists()
 
 
-def _origin(name: str, seeds: int, runs: list[dict[str, Any]]) -> str:
-    """Say how a table was made."""
-    rounds = "/".join(str(number) for number in sorted({run["rounds"] for run in runs}))
-    codes = "/".join(sorted({run["code"] for run in runs}))
-    return (
-        f"`adadpigu reproduce {name} --seeds {seeds}`; seeds 0 to {seeds - 1}, {rounds} rounds; "
-        f"commit {_commit()}, code {codes}; {os.cpu_count()} cores {platform.machine()}, no GPU."
-    )
+def _carry_out(run: Run, watch: Watch) -> None:
+    begun = (run.folder / CONFIGURATION).exists()
+    simulation = resume(run.folder) if begun else prepare({**run.flat, "runtime.output": str(run.folder)})
+    with watch(simulation.configuration.federation.num_rounds, simulation.done) as progress:
+        simulate(simulation, "in-process", progress.show)
 
 
-def _spread(values: list[float], sign: str = "") -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.2f} ± {deviation:.2f}"
+def _side_by_side(missing: list[Run], jobs: int, say: Callable[[str], None]) -> None:
+    """Carry out runs in processes of their own; the first that fails ends the table, once the others are over."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(_carry_out_unseen, run): run for run in missing}
+        try:
+            for number, future in enumerate(as_completed(waiting), start=1):
+                future.result()
+                say(f"{number}/{len(missing)} {waiting[future].title}: done")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _commit() -> str:
-    """Short hash of the checkout that this code lies in, if it lies in one."""
-    command = ["git", "-C", str(_EXPERIMENTS), "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+def _carry_out_unseen(run: Run) -> None:
+    begun = (run.folder / CONFIGURATION).exists()
+    flat = {"runtime.workers": 1, **run.flat, "runtime.output": str(run.folder)}
+    simulate(resume(run.folder) if begun else prepare(flat), "in-process", lambda _: None)
+
+
+def _machine(run: Run) -> dict[str, Any]:
+    from simulations.benchmarks.machine import facts  # noqa: PLC0415 - imports torch
+
+    device = str(run.flat.get("runtime.device", "cpu"))
+    known = facts("cpu" if device == "auto" else device)
+    return {key: known[key] for key in ("commit", "cpu", "cores", "gpu", "torch")}

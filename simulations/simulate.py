@@ -13,12 +13,13 @@ from adadpigu_core import datasets
 from adadpigu_core.configuration import Configuration, Value, flatten, parse, read_toml, settings, to_toml
 from adadpigu_core.exceptions import ConfigurationError
 from client.partitions import Deal, deal, listed_clients
-from server.app import model_spec
+from server.app import check_oracle, model_spec
 from server.app import run as run_server
 from server.round_report import RoundReport
 from server.run_folder import CHECKPOINT, CONFIGURATION, RESULT, RunFolder
 from simulations import flower_engine
 from simulations.in_process import InProcessGrid
+from simulations.oracle import oracle_scores
 from simulations.report import LiveReport
 from simulations.tensorboard_log import TensorBoardLog
 
@@ -51,30 +52,33 @@ def prepare(flat: Mapping[str, Value]) -> Simulation:
         ConfigurationError: For settings that cannot be used, or a folder that holds a run already.
         DataError: If the data set cannot be read.
     """
-    configuration = parse(flat)
+    configuration = resolved(parse(flat))
     output = configuration.runtime.output or _default_output(configuration)
     folder = Path(output).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigurationError(
             f"runtime.output: {folder} is not empty; choose another folder, or go on with its run by --resume {folder}"
         )
-    ledgers = configuration.privacy.ledger_dir
-    configuration = replace(
-        configuration,
-        task=replace(configuration.task, dataset=_absolute(configuration.task.dataset)),
-        federation=replace(configuration.federation, clients=_absolute_path(configuration.federation.clients)),
-        runtime=replace(configuration.runtime, output=str(folder)),
-        privacy=replace(configuration.privacy, ledger_dir=_absolute_path(ledgers)),
-    )
-    data = datasets.load(configuration.task.dataset)
+    configuration = replace(configuration, runtime=replace(configuration.runtime, output=str(folder)))
+    data = _data_set(configuration)
     model_spec(configuration, data)  # to see whether it fits, before a folder is made
     records = _shares(configuration, data)
-    if ledgers:
+    if configuration.privacy.ledger_dir:
         _claim_ledgers(configuration)
     run_folder = RunFolder(folder)
     configuration = _keep_clients(configuration, run_folder)
     run_folder.write_text(CONFIGURATION, to_toml(configuration))
     return Simulation(configuration, run_folder, records, done=0)
+
+
+def resolved(configuration: Configuration) -> Configuration:
+    """The same with absolute paths, so that a run may go on from another directory, and has the same ledgers there."""
+    return replace(
+        configuration,
+        task=replace(configuration.task, dataset=_absolute(configuration.task.dataset)),
+        federation=replace(configuration.federation, clients=_absolute_path(configuration.federation.clients)),
+        privacy=replace(configuration.privacy, ledger_dir=_absolute_path(configuration.privacy.ledger_dir)),
+    )
 
 
 def resume(path: Path) -> Simulation:
@@ -96,7 +100,7 @@ def resume(path: Path) -> Simulation:
     )
     checkpoint = folder.load_checkpoint()
     done = int(checkpoint[1]["round"]) if checkpoint else 0
-    records = _shares(configuration, datasets.load(configuration.task.dataset))
+    records = _shares(configuration, _data_set(configuration))
     return Simulation(configuration, folder, records, done)
 
 
@@ -116,6 +120,7 @@ def simulate(
     Raises:
         AdaDPIGUError: If the run failed.
     """
+    check_oracle(simulation.configuration, available=engine == "in-process")
     watchers = _Watchers(simulation, show)
     try:
         if engine == "in-process":
@@ -161,7 +166,7 @@ def _in_process(simulation: Simulation, see: Show, *, secret_noise: bool) -> dic
         see({**line, **evaluated})
 
     with InProcessGrid("client.app:app", nodes, flatten(configuration), num_workers=workers) as grid:
-        return run_server(grid, configuration, simulation.folder, observe, grid.wait)
+        return run_server(grid, configuration, simulation.folder, observe, grid.wait, oracle_scores)
 
 
 def _through_flower(simulation: Simulation, see: Show, ray_address: str | None) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def _through_flower(simulation: Simulation, see: Show, ray_address: str | None) 
 
 
 def _absolute(dataset: str) -> str:
-    """Name the user's own file so that the run can go on from another directory, and has the same ledgers there."""
+    """Name the user's own file by its absolute path."""
     prefix, path = datasets.taken_apart(dataset)
     return f"{prefix}{Path(path).expanduser().absolute()}" if prefix and path else dataset
 
@@ -229,6 +234,10 @@ def _default_output(configuration: Configuration) -> str:
     return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def _data_set(configuration: Configuration) -> datasets.DataSet:
+    return datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
+
+
 def _shares(configuration: Configuration, data: datasets.DataSet) -> list[int]:
     """Number of records of each client; the clients deal them out again, in the same way."""
     federation = configuration.federation
@@ -246,6 +255,8 @@ def _claim_ledgers(configuration: Configuration) -> None:
     clients = federation.clients
     wanted = {
         "task.dataset": configuration.task.dataset,
+        # absent from the files of older releases
+        "task.evaluate-on": None if configuration.task.evaluate_on == datasets.TEST else datasets.VALIDATION,
         "federation.num-clients": federation.num_clients,
         "federation.partition": federation.partition,
         "federation.dirichlet-alpha": federation.dirichlet_alpha,
@@ -269,4 +280,4 @@ def _claim_ledgers(configuration: Configuration) -> None:
         )
 
 
-__all__ = ["CHECKPOINT", "ENGINES", "Simulation", "prepare", "read_settings", "resume", "simulate"]
+__all__ = ["CHECKPOINT", "ENGINES", "Simulation", "prepare", "read_settings", "resolved", "resume", "simulate"]

@@ -114,6 +114,11 @@ class TestDeployed:
         found = site(node.config, {"no.such-key": [object()]}, 1)
         assert len(found.records) == 60
 
+    def test_takes_no_part_in_a_run_with_an_oracle(self, node, opened):
+        with pytest.raises(ConfigurationError, match="oracle is for simulations"):
+            site(node.config, {"pretraining.ranking": "oracle"}, 1)
+        assert opened == []
+
     def test_all_problems_are_reported_at_once(self):
         wrong = {"ledgr": "x", "target-epsilon": 8.0, "policy": "p.toml", "num-records": 0, "name": 3, "dataset": ""}
         with pytest.raises(ConfigurationError) as caught:

@@ -1,0 +1,67 @@
+"""The command ``adadpigu reproduce``: tables of results, made again."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from adadpigu_core.exceptions import AdaDPIGUError
+from simulations.failure import failed
+
+if TYPE_CHECKING:
+    from simulations import tables
+
+HELP = """Make a table of results again: every row with every method, over several seeds.
+
+An interrupted table goes on where it stopped. Without a name, the tables are listed.
+
+[bold]Examples[/bold]
+
+  adadpigu reproduce
+
+  adadpigu reproduce digits --seeds 5
+
+  adadpigu reproduce mnist --seeds 5 --jobs 4 --output runs/mnist
+
+  adadpigu reproduce my_table.toml
+      a table of your own, written like those in simulations/experiments/tables
+"""
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="Name of a table, or a TOML file; without it, tables are listed.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry, with seeds from 0.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side; each then has one worker process.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs that are there are kept.")] = None,
+) -> None:
+    """Make a table, or list what there is."""
+    from simulations import tables
+
+    console = Console()
+    try:
+        if table:
+            _make(console, tables.load(table), seeds, jobs, output)
+        else:
+            _list(console, [tables.load(name) for name in tables.names()])
+    except AdaDPIGUError as error:
+        raise failed(error) from error
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on with the table.")
+        raise typer.Exit(130) from None
+
+
+def _make(console: Console, table: "tables.Table", seeds: int, jobs: int, output: Path | None) -> None:
+    from simulations.display import progressing
+    from simulations.reproduce import reproduce as make
+
+    folder = output or Path("runs") / f"table-{table.name}"
+    text = make(table, seeds, jobs, folder, partial(progressing, console), partial(console.print, highlight=False))
+    console.print(text, markup=False, soft_wrap=True, highlight=False)
+
+
+def _list(console: Console, known: "list[tables.Table]") -> None:
+    for table in known:
+        methods = ", ".join(method.title for method in table.methods)
+        console.print(f"[bold]{table.name}[/bold]  {table.title}: {len(table.rows)} rows; {methods}", soft_wrap=True)

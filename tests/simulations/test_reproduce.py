@@ -1,0 +1,159 @@
+"""Tables of results: their files, their runs, their figures."""
+
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from adadpigu_core.configuration import parse
+from adadpigu_core.exceptions import ConfigurationError
+from server.run_folder import RESULT
+from simulations import table_report, tables
+from simulations.reproduce import JSON, reproduce, runs
+from simulations.simulate import read_settings
+
+SETTINGS = """
+[task]
+dataset = "digits"
+model = "linear"
+[federation]
+num-clients = 1
+num-rounds = 2
+[privacy]
+sampling-probability = 0.1
+"""
+TABLE = """
+title = "Small"
+methods = ["adadpigu", "dp-sgd"]
+[[rows]]
+label = "one client"
+settings = "small.toml"
+changes.dp-sgd = {"optimiser.local-learning-rate" = 0.2}
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    (tmp_path / "small.toml").write_text(SETTINGS)
+    (tmp_path / "table.toml").write_text(TABLE)
+    return str(tmp_path / "table.toml")
+
+
+@contextmanager
+def unseen(rounds, done):
+    class Progress:
+        def show(self, metrics):
+            pass
+
+    yield Progress()
+
+
+@pytest.mark.parametrize("name", tables.names())
+def test_every_table_names_rows_and_methods_that_can_be_run(name):
+    table = tables.load(name)
+    for run in runs(table, 1, Path("runs")):
+        parse(run.flat)
+    folders = [run.folder for run in runs(table, 3, Path("runs"))]
+    assert len(set(folders)) == len(folders) == 3 * len(table.rows) * len(table.methods)
+
+
+@pytest.mark.parametrize("path", sorted(tables.EXPERIMENTS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_row_can_be_run_by_itself(path):
+    if path.name != "methods.toml":
+        parse(read_settings(path))
+
+
+def test_a_method_changes_a_row_and_what_was_tuned_for_it_wins(small):
+    flat = {run.method: run.flat for run in runs(tables.load(small), 1, Path("runs"))}
+    assert "retention.initial-ratio" not in flat["adadpigu"]
+    assert flat["dp-sgd"]["retention.initial-ratio"] == 1.0
+    assert flat["dp-sgd"]["optimiser.local-learning-rate"] == 0.2
+    assert flat["adadpigu"]["task.model"] == flat["dp-sgd"]["task.model"] == "linear"
+
+
+@pytest.mark.parametrize(
+    ("broken", "names"),
+    [
+        (TABLE.replace("dp-sgd", "dpsgd"), "dpsgd"),
+        (TABLE.replace("title", "titel", 1), "titel"),
+        (TABLE.replace("changes.dp-sgd", "changes.random-mask"), "random-mask"),
+        (TABLE.replace("label", "labell"), "labell"),
+        ("title = 1 2", "TOML"),
+        ('title = "x"\nmethods = []\nrows = []', "needs a row"),
+    ],
+)
+def test_a_wrong_table_is_refused_by_name(small, broken, names):
+    Path(small).write_text(broken)
+    with pytest.raises(ConfigurationError, match=names):
+        tables.load(small)
+
+
+def test_an_unknown_table_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigurationError, match="digits, "):
+        tables.load("nothing")
+
+
+@pytest.mark.slow
+def test_a_table_is_made_goes_on_and_keeps_what_is_there(small, tmp_path):
+    table, output = tables.load(small), tmp_path / "runs"
+    said = []
+    text = reproduce(table, 1, 1, output, unseen, said.append)
+    assert said == ["one client, AdaDPIGU, seed 0", "one client, DP-SGD, seed 0"]
+    assert "| one client |" in text
+    assert "DP-SGD" in text
+    (output / "small-dp-sgd-seed-0" / RESULT).unlink()
+    kept = (output / "small-adadpigu-seed-0" / RESULT).stat().st_mtime_ns
+    assert reproduce(table, 1, 1, output, unseen, said.append) == text
+    assert said[2:] == ["one client, DP-SGD, seed 0"]
+    assert (output / "small-adadpigu-seed-0" / RESULT).stat().st_mtime_ns == kept
+    found = json.loads((output / JSON).read_text())
+    assert found["rows"][0]["methods"]["dp-sgd"]["largest_epsilon"] <= 8
+    # another row's settings under the same names
+    (tmp_path / "small.toml").write_text(SETTINGS.replace("num-rounds = 2", "num-rounds = 3"))
+    with pytest.raises(ConfigurationError, match="num-rounds"):
+        reproduce(table, 1, 1, output, unseen, said.append)
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_give_the_same_table(small, tmp_path):
+    table, said = tables.load(small), []
+    beside = reproduce(table, 1, 2, tmp_path / "beside", unseen, said.append)
+    assert sorted(line.partition(" ")[0] for line in said) == ["1/2", "2/2"]
+    assert beside == reproduce(table, 1, 1, tmp_path / "one-by-one", unseen, said.append)
+
+
+def test_the_p_value_is_that_of_the_paired_test():
+    # by hand: differences 1, 2, 3 have mean 2 and standard deviation 1, so that t = 2 sqrt(3) with 2 degrees of freedom
+    found = table_report.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    t = 2 * math.sqrt(3)
+    assert found["mean"] == 2
+    assert found["p_value"] == pytest.approx(1 - t / math.sqrt(2 + t * t))
+
+
+@pytest.mark.parametrize(("first", "second"), [([1.0], [2.0]), ([1.0, 2.0], [1.5, 2.5]), ([1.0, 2.0], [1.0, 2.0])])
+def test_there_is_no_p_value_without_a_test(first, second):
+    assert table_report.paired(first, second)["p_value"] is None
+
+
+def result(accuracy, epsilon=1.0, **more):
+    clients = [{"epsilon": epsilon, "target_epsilon": 2.0}]
+    return {"accuracy": accuracy, "clients": clients, "bytes_up": 1, "rounds": 2, "code": "c", **more}
+
+
+def test_what_is_not_private_diverged_or_unbounded_is_marked(small):
+    Path(small).write_text(TABLE.replace('"dp-sgd"]', '"peek"]\n').replace("changes.dp-sgd = {", "changes.peek = {"))
+    with Path(small).open("a") as file:
+        file.write('[own.peek]\ntitle = "oracle"\nprivate = false\n')
+    table = tables.load(small)
+    averages = {"average": {"accuracy": 0.75}}
+    results = {
+        ("small", "adadpigu"): [result(0.5, **averages), result(0.7, **averages)],
+        ("small", "peek"): [result(0.9, None, diverged=True), result(0.95, None)],
+    }
+    machine = {"commit": "c", "cpu": "a CPU", "cores": 2, "gpu": None}
+    text = table_report.markdown(table_report.summary(table, results, 2, machine))
+    assert "oracle (not private)" in text
+    assert "60.00 ± 14.14 (75.00) | 92.50 ± 3.54, 1 diverged | -32.50" in text
+    assert "unbounded" in text
