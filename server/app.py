@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from adadpigu_core import datasets
+from adadpigu_core.augmentation import Views
 from adadpigu_core.configuration import Configuration, Value, parse, run_folder, to_toml
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.front_ends import applied
@@ -109,6 +110,7 @@ def model_spec(configuration: Configuration, data: datasets.DataSet) -> ModelSpe
     """Say what is trained, from the settings and the public data."""
     task = configuration.task
     name = default_model(task.dataset) if task.model == "auto" else task.model
+    Views(configuration.training.views, configuration.training.augmentation).check(data.input_shape)
     return ModelSpec(
         name=name,
         activation=task.activation,

@@ -117,6 +117,7 @@ class TestFolder:
             "seed",
             "code",
             "parameters",
+            "diverged",
             "unit",
         }
         assert set(result) == public | {"clients", "refused"}
