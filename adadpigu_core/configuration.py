@@ -19,6 +19,7 @@ from typing import Any
 from adadpigu_core import datasets, factories, front_ends, models
 from adadpigu_core.accounting import NoiseSchedule, PlanShape, pretraining_rounds
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
+from adadpigu_core.augmentation import AUGMENTATIONS, MOST_VIEWS
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import PRECISIONS, GradientOptions
 from adadpigu_core.importance import DRIFT, MEASURES
@@ -168,6 +169,14 @@ class OptimiserSettings:
 
 
 @dataclass(frozen=True)
+class TrainingSettings:
+    """What a client makes of a record in a private step."""
+
+    views: int = _setting(1, "random views of a record, averaged before clipping", least=1, most=MOST_VIEWS)
+    augmentation: str = _setting("none", "how they are made: shifts by up to 2 pixels", choices=AUGMENTATIONS)
+
+
+@dataclass(frozen=True)
 class RuntimeSettings:
     """How a run is carried out."""
 
@@ -199,6 +208,7 @@ class Configuration:
     adaptive_clipping: AdaptiveClippingSettings = AdaptiveClippingSettings()
     shrinkage: ShrinkageSettings = ShrinkageSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
+    training: TrainingSettings = TrainingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @property
@@ -340,6 +350,11 @@ def _contradictions(configuration: Configuration) -> Iterator[str]:
         yield "federation.partition: must be iid beside federation.clients, which says how many records each has"
     if federation.num_rounds * federation.local_steps > MOST_STEPS:
         yield f"federation.num-rounds: times federation.local-steps, these are more than {MOST_STEPS} steps"
+    training = configuration.training
+    if training.augmentation == "none" and training.views > 1:
+        yield "training.views: without training.augmentation all views are the same; set it to shifts"
+    if training.augmentation != "none" and task.features != front_ends.RAW:
+        yield "training.augmentation: views are made of raw images; set task.features = raw, or augmentation = none"
     retention = configuration.retention
     if retention.schedule != "constant" and retention.final_ratio < retention.initial_ratio:
         yield "retention.final-ratio: must not be below retention.initial-ratio; coordinates are never frozen again"

@@ -59,6 +59,10 @@ def configurations(draw):
     flat["retention.initial-ratio"], flat["retention.final-ratio"] = min(ends), max(ends)
     if flat.get("pretraining.round-share") == 0:
         flat["pretraining.ranking"] = "random"
+    if flat.get("training.augmentation", "none") == "none":
+        flat["training.views"] = 1
+    else:
+        flat["task.features"] = "raw"
     if flat.get("federation.clients"):
         flat["federation.partition"] = "iid"
     return parse(flat)
