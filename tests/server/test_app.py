@@ -117,7 +117,6 @@ class TestFolder:
             "seed",
             "code",
             "parameters",
-            "diverged",
             "unit",
             "area_under_curve",  # of public test data
             "not_private",  # follows from the settings
