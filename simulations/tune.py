@@ -256,12 +256,14 @@ def _trial(search: Search, target: float, trial: optuna.Trial, rounds: int, watc
                 if trial.should_prune():
                     raise optuna.TrialPruned
 
-        # repeated noise would make trials dependent, and who knows a seed can take its noise off
-        result = simulate(simulation, "in-process", show, secret_noise=search.private)
+        try:
+            # repeated noise would make trials dependent, and who knows a seed can take its noise off
+            result = simulate(simulation, "in-process", show, secret_noise=search.private)
+        finally:
+            if search.private:
+                shutil.rmtree(folder, ignore_errors=True)  # nobody may look at a trial, however it ended
     trial.set_user_attr("epsilon", max(client["epsilon"] for client in result["clients"]))
     trial.set_user_attr("settings", {key: value for key, value in settings.items() if key != "runtime.output"})
-    if search.private:
-        shutil.rmtree(folder, ignore_errors=True)  # nobody may look at trials that are not the best
     return float(result["accuracy"])
 
 

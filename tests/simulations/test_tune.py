@@ -179,6 +179,9 @@ class TestOnPrivateData:
 
         def sometimes(*args, **kwargs):
             calls.append(0)
+            left = tmp_path / "s" / f"epsilon-2-trial-{len(calls) - 1}"
+            left.mkdir()
+            (left / "metrics.jsonl").touch()
             if len(calls) != 3:
                 raise ConfigurationError("a record was strange")
             return simulate(*args, **kwargs)
@@ -189,6 +192,7 @@ class TestOnPrivateData:
         assert len(calls) == 5
         assert "strange" not in result.output
         assert "best-epsilon-2.toml" in result.output
+        assert list((tmp_path / "s").glob("*trial*")) == []
 
     def test_a_search_in_which_everything_fails_has_no_best(self, ran, tmp_path, monkeypatch):
         def simulate(*_, **__):
