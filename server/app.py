@@ -100,6 +100,7 @@ def run(
         "seed": configuration.seed,
         "code": code_fingerprint(),
         "parameters": state.layout.num_parameters,
+        "learning_rate": state.learning_rate,
         **_privacy(strategy),
     }
     folder.write_json(RESULT, result)

@@ -118,6 +118,7 @@ class TestFolder:
             "code",
             "parameters",
             "diverged",
+            "learning_rate",
             "unit",
         }
         assert set(result) == public | {"clients", "refused"}
