@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adadpigu_core.exceptions import ConfigurationError, MessageError
+from adadpigu_core.grouping import groups, pool
 from adadpigu_core.parameters import ParameterLayout
 
 _PIECE = 2**16  # coordinates
@@ -239,9 +240,9 @@ class RunningStatistics:
         noise_variance = noise_stddev.double().square().expand(len(mask))
         signal = released_gradient.double().square() - noise_variance
         group = groups(self.layout, self.settings.granularity)
-        count, total = _pool(signal, mask, group, len(self.moment))
+        count, total = pool(signal, mask, group, len(self.moment))
         # a squared normal variate has twice the squared variance for variance
-        _, doubt = _pool(2 * noise_variance.square(), mask, group, len(self.moment))
+        _, doubt = pool(2 * noise_variance.square(), mask, group, len(self.moment))
         seen, count = count > 0, count.clamp(min=1)
         return replace(
             self,
@@ -283,19 +284,19 @@ class RunningStatistics:
         of_layer = self._of_layers(estimate, usable, layer)
         groups_in_layer = torch.bincount(shrink(layer, self.layout, granularity))[layer]
         doubt = self._of_layers(variance, usable, layer) / groups_in_layer
-        energy = _reliable(of_layer, doubt, usable, overall.expand(len(mask)))
+        energy = reliable(of_layer, doubt, usable, overall.expand(len(mask)))
         if granularity != "layer":
             estimate = torch.where(usable, estimate, of_layer)
-            energy = energy + (1 - shrinkage) * (_reliable(estimate, variance, usable, of_layer) - of_layer)
+            energy = energy + (1 - shrinkage) * (reliable(estimate, variance, usable, of_layer) - of_layer)
         return energy
 
     def _of_layers(self, values: Tensor, usable: Tensor, layer: Tensor) -> Tensor:
         """Mean of the usable values of a coordinate's layer, [d]; that of all where a layer has none."""
-        count, total = _pool(values, usable, layer, len(self.layout.names))
+        count, total = pool(values, usable, layer, len(self.layout.names))
         return torch.where(count > 0, total / count.clamp(min=1), values[usable].mean())[layer]
 
 
-def _reliable(estimate: Tensor, variance: Tensor, usable: Tensor, centre: Tensor) -> Tensor:
+def reliable(estimate: Tensor, variance: Tensor, usable: Tensor, centre: Tensor) -> Tensor:
     """Pull estimates towards a centre as far as their noise explains that they differ from it (empirical Bayes).
 
     Args:
@@ -324,21 +325,6 @@ def _granularity(settings: AdaptiveClipping) -> str:
     return "coordinate" if settings.rule == "paper" else settings.granularity
 
 
-@lru_cache(maxsize=16)
-def groups(layout: ParameterLayout, granularity: str) -> Tensor:
-    """Index of the group of each coordinate, int64 [d], consecutive from 0.
-
-    Args:
-        layout: The parameters.
-        granularity: ``layer``, ``row`` or ``coordinate``.
-    """
-    if granularity == "coordinate":
-        return torch.arange(layout.num_parameters)
-    rows = [shape[0] if granularity == "row" and len(shape) > 1 else 1 for shape in layout.shapes]
-    repeats = [size // row for size, row in zip(layout.sizes, rows, strict=True) for _ in range(row)]
-    return torch.repeat_interleave(torch.arange(len(repeats)), torch.tensor(repeats))
-
-
 def expand(group_values: Tensor, layout: ParameterLayout, granularity: str) -> Tensor:
     """Give every coordinate its group's value: [G] to [d].
 
@@ -357,10 +343,3 @@ def shrink(values: Tensor, layout: ParameterLayout, granularity: str) -> Tensor:
     index = groups(layout, granularity)
     first = torch.cat([torch.tensor([True]), index[1:] != index[:-1]])
     return values[first]
-
-
-def _pool(values: Tensor, mask: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Count and sum the masked values of each group, float64 [G] both."""
-    zeros = torch.zeros(num_groups, dtype=torch.float64)
-    observed = zeros.index_add(0, group[mask], torch.ones(int(mask.sum()), dtype=torch.float64))
-    return observed, zeros.index_add(0, group[mask], values[mask].double())

@@ -10,27 +10,29 @@ import json
 import math
 import os
 import reprlib
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core import datasets, factories, front_ends, models
+from adadpigu_core import datasets, factories, front_ends, models, settings_file
 from adadpigu_core.accounting import NoiseSchedule, PlanShape, pretraining_rounds
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.augmentation import AUGMENTATIONS, MOST_VIEWS
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import PRECISIONS, GradientOptions
-from adadpigu_core.importance import MEASURES
-from adadpigu_core.masking import SCHEDULES
+from adadpigu_core.importance import DRIFT, MEASURES
+from adadpigu_core.masking import RETAINED_AS, SCHEDULES
 from adadpigu_core.messages import MOST_STEPS, printable
+from adadpigu_core.methods import METHODS, settings_of
 from adadpigu_core.noise_schedule import LARGEST_RATIO, LEAST_RATIO, NOISE_SCHEDULES
+from adadpigu_core.shrinkage import SHRINKAGE_GRANULARITIES, SHRINKAGE_RULES
 from adadpigu_core.weights import AGGREGATIONS
 
-Value = bool | int | float | str
+Value = settings_file.Value
 OWNERS = ("server", "client")
-RANKINGS = ("consensus", "local", "random")
+ORACLE = "oracle"
+RANKINGS = ("consensus", "local", "random", ORACLE)
 PARTITIONS = ("iid", "dirichlet")
 OPTIMISERS = ("sgd", "adam")
 DEVICES = ("cpu", "cuda", "auto")
@@ -55,7 +57,7 @@ def _setting(
 class TaskSettings:
     """What is learnt."""
 
-    dataset: str = _setting("digits", "digits, mnist, fashion-mnist, cifar-10, npz:PATH, csv:PATH or images:PATH")
+    dataset: str = _setting("digits", f"a name or a place: {datasets.CHOICES}")
     model: str = _setting(
         "auto", "auto (by data set), digits-cnn, mnist-cnn, cifar-cnn, mlp, linear or package.module:factory"
     )
@@ -106,8 +108,12 @@ class PretrainingSettings:
     """How coordinates are ranked."""
 
     round_share: float = _setting(0.1, "share of the rounds spent on pretraining; 0 leaves it out", least=0, below=1)
-    measure: str = _setting("energy", "score of a coordinate", choices=MEASURES)
-    ranking: str = _setting("consensus", "whose importance ranks; random is a control", choices=RANKINGS)
+    measure: str = _setting("energy", "score of a coordinate", choices=(*MEASURES, DRIFT))
+    ranking: str = _setting(
+        "consensus",
+        "whose importance ranks; controls: random, and oracle (simulation only, not private)",
+        choices=RANKINGS,
+    )
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ class RetentionSettings:
     initial_ratio: float = _setting(0.6, "share retained when training starts", above=0, most=1)
     final_ratio: float = _setting(1.0, "share retained in the end (constant: without effect)", above=0, most=1)
     period: float = _setting(0.5, "part of training over which the share grows", above=0, most=1)
+    granularity: str = _setting("coordinate", "what is ranked and retained as a whole", choices=RETAINED_AS)
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,14 @@ class AdaptiveClippingSettings:
     def clipping(self) -> AdaptiveClipping:
         """The settings of the statistics themselves."""
         return AdaptiveClipping(self.rule, self.granularity, self.decay, self.floor, self.shrinkage, self.centre)
+
+
+@dataclass(frozen=True)
+class ShrinkageSettings:
+    """Soft masks: the server moves what is signal further than what is noise."""
+
+    rule: str = _setting("none", "how the signal is estimated", choices=SHRINKAGE_RULES)
+    granularity: str = _setting("column", "what shares one factor", choices=SHRINKAGE_GRANULARITIES)
 
 
 @dataclass(frozen=True)
@@ -183,12 +198,14 @@ class Configuration:
     """All settings of a run."""
 
     seed: int = _setting(0, "seed of the model, and of everything in a simulation", least=0)
+    method: str = _setting("as-set", "as-set (by the other settings), paper or dp-fedsgd", choices=METHODS)
     task: TaskSettings = TaskSettings()
     federation: FederationSettings = FederationSettings()
     privacy: PrivacySettings = PrivacySettings()
     pretraining: PretrainingSettings = PretrainingSettings()
     retention: RetentionSettings = RetentionSettings()
     adaptive_clipping: AdaptiveClippingSettings = AdaptiveClippingSettings()
+    shrinkage: ShrinkageSettings = ShrinkageSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     training: TrainingSettings = TrainingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
@@ -210,6 +227,13 @@ class Configuration:
             NoiseSchedule(self.privacy.noise_schedule, self.privacy.final_noise_ratio),
             steps,
         )
+
+
+def not_private(configuration: Configuration) -> str:
+    """Say why a run is a control and protects nobody, whatever epsilon its ledgers show; empty if it does protect."""
+    if configuration.pretraining.ranking == ORACLE:
+        return "NOT PRIVATE: coordinates are ranked by an oracle, which reads gradients without noise; a control only"
+    return ""
 
 
 def run_folder(configuration: Configuration, flower_run: int) -> Path:
@@ -246,6 +270,7 @@ def parse(flat: Mapping[str, object]) -> Configuration:
     known = dict(_entries())
     unknown = [_unknown(key, known) for key in flat if key not in known]
     problems: list[str] = []
+    flat = {**flat, **settings_of(flat.get("method"))}
     values: dict[str, dict[str, Value]] = {}
     for key, entry in known.items():
         try:
@@ -333,7 +358,8 @@ def _contradictions(configuration: Configuration) -> Iterator[str]:
     if retention.schedule != "constant" and retention.final_ratio < retention.initial_ratio:
         yield "retention.final-ratio: must not be below retention.initial-ratio; coordinates are never frozen again"
     pretraining = configuration.pretraining
-    if pretraining.round_share == 0 and retention.initial_ratio < 1 and pretraining.ranking != "random":
+    ranked = pretraining.ranking in ("random", ORACLE)
+    if pretraining.round_share == 0 and retention.initial_ratio < 1 and not ranked:
         yield (
             "pretraining.round-share: without pretraining there is no ranking to choose coordinates by; "
             "set retention.initial-ratio = 1.0, or a share above 0"
@@ -348,28 +374,6 @@ def flatten(configuration: Configuration) -> dict[str, Value]:
         holder = getattr(configuration, table.replace("-", "_")) if table else configuration
         flat[key] = getattr(holder, entry.name)
     return flat
-
-
-def read_toml(path: Path) -> dict[str, Value]:
-    """Read a TOML file of nested tables into flat dotted keys.
-
-    Raises:
-        ConfigurationError: If the file is missing or is not TOML.
-    """
-    try:
-        return dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or beyond what Python parses
-        raise ConfigurationError(f"{path}: is not TOML ({error})") from error
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def to_toml(configuration: Configuration) -> str:

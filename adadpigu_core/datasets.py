@@ -6,8 +6,10 @@ type and shape alone, never on the values: scaling by a data set's own mean woul
     digits                  scikit-learn's 8 x 8 digits, no download; a fixed split into 1,437 and 360 records
     mnist, fashion-mnist    by torchvision, scaled to [0, 1]
     cifar-10                by torchvision, scaled to [0, 1], then (x - 0.5) / 0.25
+    wide-table              made up, see `made_up`; mnist-background likewise
     npz:PATH                the user's own arrays, see `_features` for what is done to them
     csv:PATH, images:PATH   the user's own tables and images, see `own_files`; then as arrays
+    text:PATH               the user's own texts, see `text`
 
 Left out: augmentation, and data sets that do not fit into memory.
 """
@@ -25,14 +27,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adadpigu_core import own_files
+from adadpigu_core import made_up, own_files
 from adadpigu_core.exceptions import ConfigurationError, DataError
+from adadpigu_core.text import TEXT_PREFIX, TextSource
 
 NPZ_PREFIX = "npz:"
 DATA_DIR_VARIABLE = "ADADPIGU_DATA_DIR"
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar-10": "CIFAR10"}
-NAMES = ("digits", *_TORCHVISION)
-_PREFIXES = (NPZ_PREFIX, own_files.CSV_PREFIX, own_files.IMAGES_PREFIX)
+NAMES = ("digits", *_TORCHVISION, *made_up.NAMES)
+_PREFIXES = (NPZ_PREFIX, own_files.CSV_PREFIX, own_files.IMAGES_PREFIX, TEXT_PREFIX)
 CHOICES = ", ".join((*NAMES, *(f"{prefix}PATH" for prefix in _PREFIXES)))
 
 
@@ -167,16 +170,27 @@ def load(name: str, *, root: str | None = None) -> DataSet:
         path = _npz_path(name)
         with _naming(path):
             return _npz_data_set(path)
-    if own_files.is_own(name):
-        (x, y), (x_test, y_test) = (own_files.read_split(name, split) for split in ("train", "test"))
+    if own_files.is_own(name) or name.startswith(TEXT_PREFIX):
+        (x, y), (x_test, y_test) = _read_splits(name)
         with _naming(name):
             return _arrays_data_set({"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test})
     if name not in NAMES:
         raise ConfigurationError(f"unknown data set {name!r}: choose {CHOICES}")
     if name == "digits":
         return _digits()
+    if name == made_up.WIDE_TABLE:
+        train, test = made_up.wide_table()
+        return DataSet(Records(*train), Records(*test), num_classes=2)
+    if name == made_up.MNIST_BACKGROUND:
+        return _with_background(load("mnist", root=root))
     folder = root or os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/adadpigu"
     return _torchvision(name, Path(folder).expanduser())
+
+
+def _read_splits(name: str) -> tuple[own_files.Pair, own_files.Pair]:
+    if name.startswith(TEXT_PREFIX):
+        return TextSource.of(name).split()
+    return own_files.read_split(name, "train"), own_files.read_split(name, "test")
 
 
 def load_records(source: str, *, root: str | None = None) -> Records:
@@ -194,8 +208,8 @@ def load_records(source: str, *, root: str | None = None) -> Records:
         ConfigurationError: The name is unknown.
         DataError: The file is missing, damaged or lacks the keys.
     """
-    if own_files.is_own(source):
-        x, y = own_files.read_site(source)
+    if own_files.is_own(source) or source.startswith(TEXT_PREFIX):
+        x, y = TextSource.of(source).site() if source.startswith(TEXT_PREFIX) else own_files.read_site(source)
         with _naming(source):
             return _npz_records({"x": x, "y": y})
     if not source.startswith(NPZ_PREFIX):
@@ -238,6 +252,14 @@ def _digits() -> DataSet:
     x_train, x_test = (torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) for x in parts[:2])
     y_train, y_test = (torch.tensor(y, dtype=torch.int64) for y in parts[2:])
     return DataSet(Records(x_train, y_train), Records(x_test, y_test), num_classes=10)
+
+
+def _with_background(data: DataSet) -> DataSet:
+    train, test = (
+        Records(made_up.with_background(split.features, seed), split.labels)
+        for seed, split in enumerate((data.train, data.test), start=1)
+    )
+    return DataSet(train, test, data.num_classes)
 
 
 def _torchvision(name: str, folder: Path) -> DataSet:

@@ -1,12 +1,17 @@
 """Importance of coordinates, from released gradients only.
 
-During pretraining every step releases a noisy mean gradient ghat. Two scores are accumulated from it:
+During pretraining every step releases a noisy mean gradient ghat. Three scores can be accumulated from it:
 
 * ``magnitude``, the paper's: the mean of |ghat_j| (arXiv 2507.06525, section IV);
 * ``energy``: the mean of ghat_j^2 minus the variance of the noise, an unbiased estimate of the squared signal.
 
-Importance is a function of released values and costs no privacy. Clients' scores are added up with public weights, so
-that their independent noise averages out, and ranked once.
+* ``drift``: the square of the sum of all releases, put together before it is squared, so that noise averages out over
+  clients and rounds alike and only what pulls one way round after round is seen. Its energy has 1 / (rounds clients) of
+  the noise of one release's; a mean of energies has one over the root of that.
+
+The first two are scores of one release, which a client computes and sends; ``drift`` is made of the updates themselves,
+by whoever adds them up. Importance is a function of released values and costs no privacy. What clients send is added up
+with public weights, so that their independent noise averages out, and ranked once.
 """
 
 import torch
@@ -15,6 +20,7 @@ from torch import Tensor
 from adadpigu_core.exceptions import ConfigurationError
 
 MEASURES = ("magnitude", "energy")
+DRIFT = "drift"
 
 
 def importance_of(released_gradient: Tensor, noise_stddev: Tensor | float, measure: str) -> Tensor:

@@ -1,7 +1,8 @@
 """Masks that grow: progressive unfreezing.
 
 A ranking and a retention ratio r(t) give the mask of a round: the first round(r d) coordinates of the ranking. Since
-the ratio never decreases, masks are nested, and a coordinate that has been released stays released.
+the ratio never decreases, masks are nested, and a coordinate that has been released stays released. What is ranked may
+be groups of coordinates, which are retained as a whole.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from adadpigu_core.exceptions import ConfigurationError, MessageError
 
 SCHEDULES = ("constant", "linear", "cosine", "step")
 NUM_STEPS = 5
+RETAINED_AS = ("coordinate", "row", "column", "layer")
 
 
 def retention_ratio(schedule: str, initial: float, final: float, progress: float) -> float:
@@ -47,15 +49,25 @@ def retention_ratio(schedule: str, initial: float, final: float, progress: float
     return initial + (final - initial) * shapes[schedule]
 
 
-def mask_of(ranking: Tensor, ratio: float) -> Tensor:
-    """Retain the first round(ratio d), but at least one, coordinates of a ranking.
+def mask_of(ranking: Tensor, ratio: float, group: Tensor | None = None) -> Tensor:
+    """Retain the head of a ranking: at most round(ratio d) coordinates, but at least one group.
+
+    Args:
+        ranking: Permutation of the groups, int64 [G].
+        ratio: Share of the coordinates, in (0, 1].
+        group: Index of the group of each coordinate, int64 [d]; None = every coordinate is its own.
 
     Returns:
         Mask, bool [d], True = retained.
     """
-    mask = torch.zeros(ranking.numel(), dtype=torch.bool)
-    mask[ranking[: max(1, round(ratio * ranking.numel()))]] = True
-    return mask
+    most = len(ranking) if group is None else len(group)
+    count = max(1, round(ratio * most))
+    if group is not None:
+        sizes = torch.bincount(group, minlength=len(ranking))[ranking]
+        count = max(1, int((sizes.cumsum(0) <= count).sum()))
+    mask = torch.zeros(len(ranking), dtype=torch.bool)
+    mask[ranking[:count]] = True
+    return mask if group is None else mask[group]
 
 
 def pack(mask: Tensor) -> NDArray[np.uint8]:

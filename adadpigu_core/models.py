@@ -70,6 +70,8 @@ _DEFAULTS = {
     "mnist": "mnist-cnn",
     "fashion-mnist": "mnist-cnn",
     "cifar-10": "cifar-cnn",
+    "wide-table": "linear",
+    "mnist-background": "linear",
 }
 
 
@@ -146,10 +148,13 @@ def default_model(dataset_name: str) -> str:
     """
     if dataset_name.startswith(("npz:", "csv:", "images:")):
         return "mlp"
+    if dataset_name.startswith("text:"):
+        return "linear"
     if dataset_name not in _DEFAULTS:
         known = ", ".join(_DEFAULTS)
         raise ConfigurationError(
-            f"no default model for data set {dataset_name!r}: known are {known}, npz:PATH, csv:PATH, images:PATH"
+            f"no default model for data set {dataset_name!r}: known are {known}, npz:PATH, csv:PATH, images:PATH, "
+            "text:PATH"
         )
     return _DEFAULTS[dataset_name]
 

@@ -134,9 +134,7 @@ def private_step(
     drawn = records.select(torch.from_numpy(poisson_sample(len(records), mechanism.sampling_probability, randomness)))
     with seeded(randomness.torch_seed(), next(model.parameters()).device):
         norm = mechanism.clipping_norm
-        total = clipped_sum(
-            model, loss, drawn, standardisation, norm, options=options, augmentation=augmentation
-        ).total
+        total = clipped_sum(model, loss, drawn, standardisation, norm, options=options, augmentation=augmentation).total
     charge(mechanism.event)
     release = _release(total, standardisation, mechanism, randomness)
     if statistics.learn:

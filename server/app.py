@@ -7,15 +7,17 @@ from typing import Any, cast
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor, nn
 
 from adadpigu_core import datasets
 from adadpigu_core.augmentation import Views
-from adadpigu_core.configuration import Configuration, Value, parse, run_folder, to_toml
+from adadpigu_core.configuration import ORACLE, Configuration, Value, not_private, parse, run_folder, to_toml
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.front_ends import applied
 from adadpigu_core.models import ModelSpec, build, check_private, default_model
 from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.provenance import code_fingerprint
+from server.earlier_runs import known_charges
 from server.evaluation import evaluator
 from server.exchange import Wait, sleep
 from server.outcome import outcome
@@ -24,6 +26,8 @@ from server.run_folder import CONFIGURATION, PRIVACY, RESULT, RunFolder
 from server.state import ServerState
 from server.strategy import AdaDPIGU, EvaluateFn
 
+# Given the model at its first weights.
+Oracle = Callable[[nn.Module, Configuration], Tensor]
 log = logging.getLogger("flwr")  # what Flower shows while a run works
 app = ServerApp()
 
@@ -52,24 +56,41 @@ def run(
     folder: RunFolder,
     observer: Callable[[RoundReport], None] = ignore,
     wait: Wait = sleep,
+    oracle: Oracle | None = None,
 ) -> dict[str, Any]:
     """Run a federation, or go on with the one in the folder, and write everything down.
 
+    Args:
+        grid: Flower's way to the nodes.
+        configuration: All settings.
+        folder: Of the run.
+        observer: Told of every round.
+        wait: Waits for replies.
+        oracle: Scores of a model's coordinates, float64 [d], computed from records without noise: for the ranking
+            ``oracle``, which only a simulation can have.
+
     Returns:
         What stands in ``result.json``.
+
+    Raises:
+        ConfigurationError: If the settings ask for an oracle, and there is none here.
     """
+    check_oracle(configuration, available=oracle is not None)
     data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     spec = model_spec(configuration, data)
     model = build(spec, seed=configuration.seed)
     check_private(model)
     state = ServerState.fresh(configuration, ParameterLayout.of(model))
     _restore(state, configuration, folder)
+    state.tally.remember(known_charges(folder.path))
+    if oracle is not None and configuration.pretraining.ranking == ORACLE:
+        state.importance.reveal(oracle(model, configuration))
     test = applied(spec.features, data.test)
     evaluate = evaluator(build(spec, seed=configuration.seed), test)
 
     def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
-        return MetricRecord(asdict(evaluate(flatten(model))))
+        return MetricRecord(dict(evaluate(flatten(model)).metrics))
 
     def record(report: RoundReport) -> None:
         line = asdict(report)
@@ -101,6 +122,7 @@ def run(
         "code": code_fingerprint(),
         "parameters": state.layout.num_parameters,
         "learning_rate": state.learning_rate,
+        "not_private": not_private(configuration),
         **_privacy(strategy),
     }
     folder.write_json(RESULT, result)
@@ -132,6 +154,19 @@ def _restore(state: ServerState, configuration: Configuration, folder: RunFolder
         except ConfigurationError as error:
             raise ConfigurationError(f"{folder.path}: {error}") from error
     folder.keep_metrics(state.round)
+
+
+def check_oracle(configuration: Configuration, *, available: bool) -> None:
+    """Refuse a ranking by un-noised gradients wherever clients could have records of their own.
+
+    Raises:
+        ConfigurationError: If there is no oracle.
+    """
+    if configuration.pretraining.ranking == ORACLE and not available:
+        raise ConfigurationError(
+            "pretraining.ranking: oracle is not private and exists in simulations of the in-process engine only; "
+            "use consensus"
+        )
 
 
 def _privacy(strategy: AdaDPIGU) -> dict[str, Any]:

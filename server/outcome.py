@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,13 +25,14 @@ def outcome(
         rounds: Lines of metrics; the accuracy of some is known.
 
     Returns:
-        ``accuracy`` and ``loss`` of the last iterate, ``average`` with those of the averaged weights if there are any,
-        and ``diverged``: why the run must be taken for a failure, empty if nothing speaks for it.
+        ``accuracy``, ``loss`` and, of two classes, ``area_under_curve`` of the last iterate, ``average`` with those of
+        the averaged weights if there are any, and ``diverged``: why the run must be taken for a failure, empty if
+        nothing speaks for it.
     """
     last = evaluate(optimiser.weights)
-    found: dict[str, Any] = {**asdict(last)}
+    found: dict[str, Any] = dict(last.metrics)
     if optimiser.average is not None:
-        found["average"] = asdict(evaluate(optimiser.average))
+        found["average"] = evaluate(optimiser.average).metrics
     best = max((line["accuracy"] for line in rounds if line.get("accuracy") is not None), default=0.0)
     found["diverged"] = _divergence(last, best, test)
     return found

@@ -16,6 +16,7 @@ from adadpigu_core.accounting import PRETRAINING, TRAINING, Event
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
 from adadpigu_core.exceptions import MessageError
+from adadpigu_core.importance import DRIFT
 from adadpigu_core.messages import TrainReply, require
 from server.aggregation import Contribution, largest_norm, public_weight
 from server.cohort import Cohort, Member
@@ -105,7 +106,8 @@ class Reception:
             sampling_probability=event.sampling_probability,
         )
         if message.phase == PRETRAINING:
-            scores, d = message.importance, self.state.layout.num_parameters
+            drift, d = self.configuration.pretraining.measure == DRIFT, self.state.layout.num_parameters
+            scores = message.update if drift else message.importance
             if scores is None or len(scores) != d:
                 raise MessageError(f"importance: expected {d} entries")
             self.state.importance.add(member.description.data_set, torch.from_numpy(np.array(scores)), weight)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from adadpigu_core import masking
 from adadpigu_core.accounting import PRETRAINING, TRAINING
-from adadpigu_core.adaptive_clipping import Standardisation, groups
+from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
+from adadpigu_core.grouping import groups
+from adadpigu_core.importance import DRIFT
 from adadpigu_core.messages import DescribeRequest, TrainRequest
 from adadpigu_core.models import ModelSpec
 from adadpigu_core.parameters import ParameterLayout
@@ -86,6 +88,7 @@ class Requests:
         """Ask a node for the release of a round."""
         configuration, settings = self.configuration, self.configuration.adaptive_clipping
         mean, scale = self._statistics(work)
+        measure = configuration.pretraining.measure
         return TrainRequest(
             run=self.run,
             code=code_fingerprint(),
@@ -102,7 +105,7 @@ class Requests:
             clipping_norm=configuration.privacy.clipping_norm,
             steps=configuration.federation.local_steps,
             learning_rate=work.learning_rate,
-            importance_measure=configuration.pretraining.measure if work.phase == PRETRAINING else "",
+            importance_measure=measure if work.phase == PRETRAINING and measure != DRIFT else "",
             views=configuration.training.views,
             augmentation=configuration.training.augmentation,
         )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adadpigu_core import masking
 from adadpigu_core.accounting import PRETRAINING, TRAINING
-from adadpigu_core.configuration import Configuration
+from adadpigu_core.configuration import ORACLE, Configuration
+from adadpigu_core.grouping import means
 from adadpigu_core.importance import rank
 
 log = logging.getLogger("adadpigu.server")
@@ -31,9 +32,10 @@ class Schedule:
         return PRETRAINING if round_number <= self.configuration.pretraining_rounds else TRAINING
 
     def ratio(self, round_number: int) -> float:
-        """Share of coordinates retained in a round; 1 in pretraining, and without pretraining unless at random."""
+        """Share of coordinates retained in a round; 1 in pretraining, and 1 if nothing ranks them."""
         settings = self.configuration.retention
-        ranked = self.configuration.pretraining_rounds > 0 or self.configuration.pretraining.ranking == "random"
+        without_pretraining = self.configuration.pretraining.ranking in ("random", ORACLE)
+        ranked = self.configuration.pretraining_rounds > 0 or without_pretraining
         if self.phase(round_number) == PRETRAINING or not ranked:
             return 1.0
         first = self.configuration.pretraining_rounds + 1
@@ -47,24 +49,37 @@ class Importance:
     """Importance as it comes in, and the rankings made of it.
 
     Args:
-        ranking: ``consensus`` (one ranking for everyone), ``local`` (one for each data set) or ``random``.
+        ranking: ``consensus`` (one ranking for everyone), ``local`` (one for each data set), ``random``, or ``oracle``:
+            by scores that were revealed and not released.
         num_parameters: Number of coordinates d.
         seed: Of the random ranking.
+        group: Coordinates that are ranked and retained as one, by their mean score: int64 [d]; None = each by itself.
+        signed: Whether what comes in are updates, whose sum is to be squared, and not scores.
     """
 
-    def __init__(self, ranking: str, num_parameters: int, seed: int) -> None:
+    def __init__(
+        self, ranking: str, num_parameters: int, seed: int, group: Tensor | None = None, *, signed: bool = False
+    ) -> None:
         self._kind = ranking
         self._d = num_parameters
         self._seed = seed
+        self._group = group
+        self._signed = signed
         self.scores: dict[str, Tensor] = {}
         self._rankings: dict[str, Tensor] = {}
         self._masks: dict[str, tuple[float, Tensor]] = {}
 
     def add(self, data_set: str, scores: Tensor, weight: float) -> None:
         """Take in what one client released, with its public weight."""
+        if self._kind == ORACLE:
+            return
         key = data_set if self._kind == "local" else EVERYONE
         known = self.scores.get(key, torch.zeros(self._d, dtype=torch.float64))
         self.scores[key] = known + weight * scores.double()
+
+    def reveal(self, scores: Tensor) -> None:
+        """Rank by scores [d] that no client has released: not private, for the oracle of a simulation only."""
+        self.scores[EVERYONE] = scores.double()
 
     def mask(self, data_set: str, ratio: float) -> Tensor | None:
         """Mask for a data set at a retention ratio, bool [d]; None = everything is retained.
@@ -78,16 +93,18 @@ class Importance:
             self._rankings[key] = self._rank(key)
         known = self._masks.get(key)
         if known is None or known[0] != ratio:
-            self._masks[key] = (ratio, masking.mask_of(self._rankings[key], ratio))
+            self._masks[key] = (ratio, masking.mask_of(self._rankings[key], ratio, self._group))
         return self._masks[key][1]
 
     def _rank(self, key: str) -> Tensor:
         if self._kind != "random" and not self.scores:
             log.warning("no client has released any importance: coordinates are ranked at random")
         if self._kind == "random" or not self.scores:
-            return torch.randperm(self._d, generator=torch.Generator().manual_seed(self._seed))
-        if key in self.scores:
-            return rank(self.scores[key])
+            count = self._d if self._group is None else int(self._group.max()) + 1
+            return torch.randperm(count, generator=torch.Generator().manual_seed(self._seed))
         # a newcomer without a ranking of its own takes everyone's
-        pooled = sum(self.scores.values(), torch.zeros(self._d, dtype=torch.float64))
-        return rank(pooled)
+        scores = self.scores.get(key)
+        if scores is None:
+            scores = sum(self.scores.values(), torch.zeros(self._d, dtype=torch.float64))
+        scores = scores.square() if self._signed and self._kind != ORACLE else scores
+        return rank(scores if self._group is None else means(scores, self._group))

@@ -12,12 +12,15 @@ from torch import Tensor
 from adadpigu_core.adaptive_clipping import RunningStatistics
 from adadpigu_core.configuration import Configuration, Value, flatten
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.grouping import groups
+from adadpigu_core.importance import DRIFT
 from adadpigu_core.parameters import ParameterLayout
+from adadpigu_core.shrinkage import Shrinkage
 from server.optimiser import ServerOptimiser
 from server.schedule import Importance
 from server.tally import Tally
 
-_IMPORTANCE, _STATISTICS = "importance.", "statistics."
+_IMPORTANCE, _STATISTICS, _SHRINKAGE = "importance.", "statistics.", "shrinkage."
 # A run may go on with others of these: they decide on nothing that a client has planned for or released.
 _FREE_TO_CHANGE = ("runtime.", "federation.round-timeout", "federation.start-timeout", "federation.clients")
 
@@ -33,6 +36,7 @@ class ServerState:
         optimiser: Weights and moments.
         importance: What pretraining has found.
         statistics: Of aggregated releases.
+        shrinkage: What is known of signal and noise in them.
         tally: What every client has spent.
         bytes_up: Payload received.
         bytes_down: Payload sent.
@@ -47,6 +51,7 @@ class ServerState:
     optimiser: ServerOptimiser
     importance: Importance
     statistics: RunningStatistics
+    shrinkage: Shrinkage
     tally: Tally
     bytes_up: int = 0
     bytes_down: int = 0
@@ -63,8 +68,15 @@ class ServerState:
             layout=layout,
             round=0,
             optimiser=ServerOptimiser(configuration.optimiser, torch.zeros(d)),
-            importance=Importance(configuration.pretraining.ranking, d, configuration.seed),
+            importance=Importance(
+                configuration.pretraining.ranking,
+                d,
+                configuration.seed,
+                _group(configuration, layout),
+                signed=configuration.pretraining.measure == DRIFT,
+            ),
             statistics=RunningStatistics.neutral(configuration.adaptive_clipping.clipping, layout),
+            shrinkage=Shrinkage.neutral(configuration.shrinkage.rule, configuration.shrinkage.granularity, layout),
             tally=Tally(),
             learning_rate=configuration.optimiser.local_learning_rate,
             settings={
@@ -78,6 +90,7 @@ class ServerState:
             **self.optimiser.state(),
             **{_IMPORTANCE + key: scores for key, scores in self.importance.scores.items()},
             **{_STATISTICS + name: value for name, value in self.statistics.state().items()},
+            **{_SHRINKAGE + name: value for name, value in self.shrinkage.state().items()},
         }
         values = {
             "run": self.run,
@@ -104,9 +117,8 @@ class ServerState:
         for name, tensor in tensors.items():
             if name.startswith(_IMPORTANCE):
                 self.importance.scores[name.removeprefix(_IMPORTANCE)] = tensor
-        self.statistics = self.statistics.restored(
-            {name.removeprefix(_STATISTICS): tensor for name, tensor in tensors.items() if name.startswith(_STATISTICS)}
-        )
+        self.statistics = self.statistics.restored(_of(_STATISTICS, tensors))
+        self.shrinkage = self.shrinkage.restored(_of(_SHRINKAGE, tensors))
         self.tally = Tally.restore(values["tally"])
         self.run, self.round = values["run"], values["round"]
         self.bytes_up, self.bytes_down = values["bytes_up"], values["bytes_down"]
@@ -121,3 +133,12 @@ class ServerState:
             raise ConfigurationError(f"its checkpoint belongs to a run with {listed}; use these, or start a new run")
         if values["layout"] != self.layout.fingerprint:
             raise ConfigurationError("its checkpoint belongs to another model; start a new run")
+
+
+def _of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _group(configuration: Configuration, layout: ParameterLayout) -> Tensor | None:
+    granularity = configuration.retention.granularity
+    return None if granularity == "coordinate" else groups(layout, granularity)

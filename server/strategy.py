@@ -18,16 +18,17 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
-from adadpigu_core.accounting import PRETRAINING, TRAINING
+from adadpigu_core.accounting import TRAINING
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
 from adadpigu_core.exceptions import FederationError, MessageError
 from adadpigu_core.messages import Refusal, TrainReply, TrainRequest, decode, encode, kind_of
 from adadpigu_core.models import ModelSpec
 from adadpigu_core.parameters import assign, flatten
-from server.aggregation import Contribution, aggregate
+from server.aggregation import Contribution
 from server.cohort import Cohort
 from server.exchange import Exchange, Reply, Wait, request, sleep
+from server.learning import learn
 from server.learning_rate import automatic
 from server.reception import Expected, Reception
 from server.requests import Asked, Requests, RoundWork
@@ -186,7 +187,15 @@ class AdaDPIGU(Strategy):
         if not contributions:
             log.warning("round %d: no usable update; the model stays as it is", server_round)
             return None, metrics
-        self._apply(contributions, server_round)
+        learn(
+            self.state,
+            contributions,
+            self._expected.standardisation.scale,
+            self._configuration,
+            phase=self._schedule.phase(server_round),
+            round_number=server_round,
+            statistics=self._requests.server_statistics,
+        )
         return self.arrays(), metrics
 
     def configure_evaluate(
@@ -334,16 +343,3 @@ class AdaDPIGU(Strategy):
                 # to go on asking would be to spend a budget on what cannot be used
                 self.cohort.refused_round(reply.node, Refusal(error.code, str(error), "", ()), fresh=not late)
         return None
-
-    def _apply(self, contributions: list[Contribution], server_round: int) -> None:
-        """Move the weights and learn the statistics."""
-        combined = aggregate(contributions)
-        if not self.state.optimiser.step(combined.update, combined.mask, server_round):
-            log.warning("round %d: the step leads beyond all numbers; the model stays as it is", server_round)
-            return
-        if self._schedule.phase(server_round) == PRETRAINING or not self._requests.server_statistics:
-            return
-        steps, rate = self._configuration.federation.local_steps, self.state.learning_rate
-        gradient = -combined.update / (rate * steps)
-        noise_stddev = combined.noise_stddev * self._expected.standardisation.scale
-        self.state.statistics = self.state.statistics.updated(gradient, noise_stddev, combined.mask)

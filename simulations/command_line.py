@@ -17,6 +17,8 @@ from rich.table import Table
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
 from simulations import (
     doctor_commands,
+    explore_command,
+    figure_command,
     ledger_commands,
     node_commands,
     plan_command,
@@ -152,6 +154,8 @@ def _parse_value(text: str) -> bool | int | float | str:
 app.command("reproduce", help=reproduce_command.HELP)(reproduce_command.reproduce)
 app.command("plan", help=plan_command.HELP)(plan_command.plan)
 app.command("report", help=report_command.HELP)(report_command.report)
+app.command("explore", help=explore_command.HELP)(explore_command.explore)
+app.command("figure", help=figure_command.HELP)(figure_command.figure)
 app.command("tune", help=tune_command.HELP)(tune_command.tune)
 
 

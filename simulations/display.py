@@ -14,7 +14,7 @@ from rich.table import Table
 
 from adadpigu_core.accounting import PHASES
 from adadpigu_core.client_list import read_clients
-from adadpigu_core.configuration import Configuration
+from adadpigu_core.configuration import Configuration, not_private
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -117,6 +117,8 @@ def introduce(console: Console, configuration: Configuration, records: list[int]
         f"over {federation.num_rounds} rounds.",
     )
     say(console, "A simulation: its noise follows from the seed, and protects nobody from those who know the seed.")
+    if warning := not_private(configuration):
+        say(console, warning)
     if done:
         say(console, f"Going on after round {done} of {federation.num_rounds}.")
     elif privacy.ledger_dir:
@@ -145,6 +147,8 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     for refusal in result["refused"]:
         reason = refusal["message"] or f"code {refusal['code']!r}; its own log says more"
         console.print(f"[yellow]node {refusal['node']} did not take part: {escape(reason)}[/yellow]", soft_wrap=True)
+    if result.get("not_private"):
+        console.print(f"[red]{escape(result['not_private'])}[/red]", soft_wrap=True)
     if result["diverged"]:
         console.print(f"[yellow]{escape(result['diverged'])}[/yellow]", soft_wrap=True, highlight=False)
     if "average" in result:

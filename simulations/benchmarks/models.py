@@ -5,6 +5,8 @@ to be measured: they stand for networks whose cost lies in dense layers, in sequ
 is one that Opacus knows too, so that all methods train the same network.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,10 +32,15 @@ def make_model(name: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if name == "mlp":
-            return nn.Sequential(
-                nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, _CLASSES)
-            )
+            return wide_mlp((784,), _CLASSES)
         return Transformer() if name == "transformer" else WideResNet()
+
+
+def wide_mlp(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Two hidden layers of 1,024: also a factory, ``task.model = "simulations.benchmarks.models:wide_mlp"``."""
+    first = nn.Linear(math.prod(input_shape), 1024)
+    layers = (first, nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, num_classes))
+    return nn.Sequential(*layers) if len(input_shape) == 1 else nn.Sequential(nn.Flatten(), *layers)
 
 
 def make_records(name: str, count: int, seed: int = 0) -> Records:

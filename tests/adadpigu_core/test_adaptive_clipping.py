@@ -13,10 +13,10 @@ from adadpigu_core.adaptive_clipping import (
     RunningStatistics,
     Standardisation,
     expand,
-    groups,
     shrink,
 )
 from adadpigu_core.exceptions import ConfigurationError, MessageError
+from adadpigu_core.grouping import groups
 from adadpigu_core.parameters import ParameterLayout
 
 # two matrices, two vectors: 6 + 2 + 4 + 2 coordinates

@@ -39,9 +39,7 @@ def test_flips_mirror_every_other_view():
     images = torch.rand(1, 1, 5, 5) + 1
     shifts = torch.stack([expected(images[0], y, x) for y in range(-2, 3) for x in range(-2, 3)])
     views = drawn("shifts-flips", images)[0]
-    plain, mirrored = (
-        (views[:, None] == known).flatten(2).all(2).any(1) for known in (shifts, shifts.flip(-1))
-    )
+    plain, mirrored = ((views[:, None] == known).flatten(2).all(2).any(1) for known in (shifts, shifts.flip(-1)))
     assert bool((plain ^ mirrored).all())
     assert 16 < int(mirrored.sum()) < 48
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 import server.evaluation
 from adadpigu_core.datasets import Records
@@ -39,3 +40,17 @@ def test_dropout_is_off_and_nothing_is_learnt():
 def test_weights_that_diverged_are_evaluated_all_the_same():
     evaluation = evaluator(torch.nn.Linear(3, 2), task(50))(torch.full((8,), 3e38))
     assert 0 <= evaluation.accuracy <= 1
+
+
+def test_area_under_curve_is_that_of_scikit_learn():
+    """Ties included; a third class has none."""
+    labels = torch.tensor([0, 1] * 50)
+    scores = torch.randint(0, 8, (100,), generator=torch.Generator().manual_seed(0)).float() + labels
+    outputs = torch.stack([torch.zeros(100), scores], dim=1)
+    test = Records(outputs, labels)
+    found = evaluator(torch.nn.Linear(2, 2), test)
+    value = found(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0]))  # the identity
+    assert value.area_under_curve == pytest.approx(roc_auc_score(labels, scores))
+    assert value.metrics["area_under_curve"] == value.area_under_curve
+    one_class = evaluator(torch.nn.Linear(2, 2), test.select([0, 2]))
+    assert "area_under_curve" not in one_class(torch.zeros(6)).metrics

@@ -14,9 +14,9 @@ def client(noise=2.0, records=1000):
     return Description("a", "cpu", "d", records, 8.0, 1e-5, noise, noise, ())
 
 
-def rate(clients=(client(),), parameters=10_000, **settings):
+def rate(clients=None, parameters=10_000, **settings):
     flat = {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
-    return automatic(parse({"federation.num-rounds": 100, **flat}), clients, parameters)
+    return automatic(parse({"federation.num-rounds": 100, **flat}), clients or [client()], parameters)
 
 
 def test_noise_moves_the_weights_by_the_same_length_whatever_the_plan():

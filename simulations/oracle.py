@@ -1,0 +1,66 @@
+"""The ranking that nobody can have: by gradients without noise, of all clients' records together.
+
+It bounds what any ranking can bring, and is measured before a better ranking is looked for. It reads records that no
+budget is charged for, so a run with it protects nobody. A simulation owns all records, which are public, and hands this
+function to the server in the same process. There is no message by which a server could ask a client for it, and a
+server that Flower starts refuses the setting.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from adadpigu_core import datasets
+from adadpigu_core.adaptive_clipping import Standardisation
+from adadpigu_core.configuration import Configuration
+from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.front_ends import applied
+from adadpigu_core.gradients import clipped_sum, cross_entropy
+from adadpigu_core.importance import DRIFT, importance_of
+from adadpigu_core.parameters import assign, flatten
+
+_STEPS = 15
+
+
+def require_rate(configuration: Configuration) -> None:
+    """Refuse a rate that is still to follow from what clients declare.
+
+    Raises:
+        ConfigurationError: If there is no rate.
+    """
+    if configuration.optimiser.local_learning_rate == 0:
+        raise ConfigurationError(
+            "optimiser.local-learning-rate: 0 follows from what clients declare, and here are none; set a rate"
+        )
+
+
+def oracle_scores(model: nn.Module, configuration: Configuration) -> Tensor:
+    """Score coordinates along some steps of training without noise on all records.
+
+    Args:
+        model: At its first weights, where it is left.
+        configuration: Of the run: data set, clipping norm, rates and the measure of importance.
+
+    Returns:
+        Scores, float64 [d]. Not private.
+
+    Raises:
+        ConfigurationError: If the rate is to follow from the plan, which is not known here.
+    """
+    require_rate(configuration)
+    data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
+    records = applied(configuration.task.features, data.train)
+    optimiser, measure = configuration.optimiser, configuration.pretraining.measure
+    rate = optimiser.local_learning_rate * optimiser.server_learning_rate
+    start = flatten(model)
+    weights, velocity = start.clone(), torch.zeros_like(start)
+    scores = torch.zeros(len(start), dtype=torch.float64)
+    everything = Standardisation.identity(len(start))
+    for _ in range(_STEPS):
+        assign(model, weights)
+        total = clipped_sum(model, cross_entropy, records, everything, configuration.privacy.clipping_norm).total
+        gradient = total / len(records)
+        scores += gradient.double() if measure == DRIFT else importance_of(gradient, 0.0, measure).double()
+        velocity = optimiser.momentum * velocity + gradient
+        weights = weights - rate * velocity
+    assign(model, start)
+    return scores.square() if measure == DRIFT else scores

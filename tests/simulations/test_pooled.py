@@ -1,0 +1,97 @@
+"""Equal clients as one."""
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from adadpigu_core import datasets
+from adadpigu_core.adaptive_clipping import Standardisation
+from adadpigu_core.configuration import parse
+from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.models import ModelSpec, build
+from adadpigu_core.parameters import ParameterLayout, flatten
+from server.state import ServerState
+from simulations.command_line import app
+from simulations.pooled import _pool, run
+
+
+@pytest.fixture
+def settings(tmp_path):
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 400), ("test", 200)):
+        arrays[f"y_{split}"] = np.arange(count) % 2
+        arrays[f"x_{split}"] = (generator.normal(size=(count, 6)) + arrays[f"y_{split}"][:, None]).astype(np.float32)
+    np.savez(tmp_path / "task.npz", **arrays)
+    return {
+        "task.dataset": f"npz:{tmp_path / 'task.npz'}",
+        "task.model": "linear",
+        "federation.num-clients": 4,
+        "federation.num-rounds": 10,
+        "pretraining.measure": "drift",
+        "pretraining.round-share": 0.2,
+        "retention.initial-ratio": 0.5,
+        "retention.schedule": "constant",
+    }
+
+
+def test_it_learns_and_repeats_itself(settings):
+    configuration = parse(settings)
+    first = run(configuration)
+    assert first == run(configuration)
+    assert first["accuracy"] > 0.7
+    assert first["bytes_up"] == 4 * 4 * (2 * 14 + 8 * 7)
+    assert first != run(parse({**settings, "seed": 1}))
+
+
+def releases(settings, num_clients, count=60):
+    configuration = parse({**settings, "federation.num-clients": num_clients})
+    pool = _pool(configuration, datasets.load(configuration.task.dataset))
+    model = build(ModelSpec("linear", "relu", "none", (6,), 2), seed=0)
+    state = ServerState.fresh(configuration, ParameterLayout.of(model))
+    state.optimiser.reset(flatten(model))
+    whole = Standardisation.identity(14)
+    drawn = []
+    for seed in range(count):
+        object.__setattr__(configuration, "seed", seed)
+        drawn.append(pool.release(state, model, whole, 5, "training"))
+    return torch.stack(drawn), pool
+
+
+def test_the_noise_is_that_of_all_clients_together(settings):
+    """sigma C / (q n) of each of N clients, averaged over N: sqrt(N) sigma C / (q N n)."""
+    drawn, pool = releases(settings, 4)
+    noise = pool.plan.training.noise_multiplier
+    expected = noise / (0.5 * 100) / 2
+    centred = drawn - drawn.mean(dim=0)
+    found = float(centred.square().sum() / (len(drawn) - 1) / 14) ** 0.5
+    sampling = 0.5 / 0.5 * 400**-0.5 / 14**0.5  # at most, of gradients of norm 1
+    assert expected * 0.9 < found < 1.1 * (expected**2 + sampling**2) ** 0.5
+    assert not expected * 0.9 < found / 2 < 1.1 * (expected**2 + sampling**2) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"federation.local-steps": 2}, "local-steps"),
+        ({"pretraining.measure": "energy"}, "measure"),
+        ({"pretraining.ranking": "local"}, "ranking"),
+        ({"federation.partition": "dirichlet"}, "only equal ones"),
+        ({"adaptive-clipping.owner": "client"}, "owner"),
+    ],
+)
+def test_what_cannot_be_pooled_is_refused(settings, change, problem):
+    with pytest.raises(ConfigurationError, match=problem):
+        run(parse({**settings, **change}))
+
+
+def test_the_command(settings, tmp_path):
+    arguments = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+    done = CliRunner().invoke(app, ["explore", *arguments, "--rates", "0.1,0.2", "--seeds", "2"])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("area under curve") == 2
+    refused = CliRunner().invoke(app, ["explore", *arguments, "-c", "federation.local-steps=3"])
+    assert refused.exit_code != 0
+    oracle = CliRunner().invoke(app, ["explore", *arguments, "-c", "pretraining.ranking=oracle", "--seeds", "1"])
+    assert "NOT PRIVATE" in oracle.output
