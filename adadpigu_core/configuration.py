@@ -10,13 +10,12 @@ import json
 import math
 import os
 import reprlib
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core import datasets, factories, front_ends, models
+from adadpigu_core import datasets, factories, front_ends, models, settings_file
 from adadpigu_core.accounting import NoiseSchedule, PlanShape, pretraining_rounds
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.augmentation import AUGMENTATIONS, MOST_VIEWS
@@ -30,7 +29,7 @@ from adadpigu_core.noise_schedule import LARGEST_RATIO, LEAST_RATIO, NOISE_SCHED
 from adadpigu_core.shrinkage import SHRINKAGE_GRANULARITIES, SHRINKAGE_RULES
 from adadpigu_core.weights import AGGREGATIONS
 
-Value = bool | int | float | str
+Value = settings_file.Value
 OWNERS = ("server", "client")
 ORACLE = "oracle"
 RANKINGS = ("consensus", "local", "random", ORACLE)
@@ -158,7 +157,7 @@ class ShrinkageSettings:
 class OptimiserSettings:
     """How released gradients move the weights; all of it is post-processing."""
 
-    local_learning_rate: float = _setting(0.1, "rate of a client's private steps", above=0)
+    local_learning_rate: float = _setting(0.1, "rate of a client's private steps; 0: from the plan", least=0)
     server_learning_rate: float = _setting(1.0, "rate at which the mean update is applied", above=0)
     name: str = _setting("sgd", "server optimiser", choices=OPTIMISERS)
     momentum: float = _setting(0.9, "server momentum (adam: first-moment decay)", least=0, below=1)
@@ -375,28 +374,6 @@ def flatten(configuration: Configuration) -> dict[str, Value]:
         holder = getattr(configuration, table.replace("-", "_")) if table else configuration
         flat[key] = getattr(holder, entry.name)
     return flat
-
-
-def read_toml(path: Path) -> dict[str, Value]:
-    """Read a TOML file of nested tables into flat dotted keys.
-
-    Raises:
-        ConfigurationError: If the file is missing or is not TOML.
-    """
-    try:
-        return dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or beyond what Python parses
-        raise ConfigurationError(f"{path}: is not TOML ({error})") from error
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def to_toml(configuration: Configuration) -> str:

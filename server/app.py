@@ -121,6 +121,7 @@ def run(
         "seed": configuration.seed,
         "code": code_fingerprint(),
         "parameters": state.layout.num_parameters,
+        "learning_rate": state.learning_rate,
         "not_private": not_private(configuration),
         **_privacy(strategy),
     }

@@ -268,7 +268,7 @@ def _trial(search: Search, target: float, trial: optuna.Trial, rounds: int, watc
 
 
 def _write_best(folder: Path, best: Point, flat: dict[str, Value]) -> None:
-    settings = {**flat, **best.settings, "runtime.output": ""}
+    settings = {**flat, **best.settings, "runtime.output": "", "task.evaluate-on": "test"}
     RunFolder(folder).write_text(f"best-epsilon-{best.target:g}.toml", to_toml(parse(settings)))
 
 

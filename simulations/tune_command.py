@@ -80,6 +80,8 @@ def _search(
     except ValueError as error:
         raise ConfigurationError(f"--epsilons: {epsilons!r} must be numbers with commas between them") from error
     private = data == "private"
+    if not private:
+        flat.setdefault("task.evaluate-on", "validation")  # test data are for the settings that are found
     count = RandomTrials(distribution, float(trials)) if private else None
     return Search(flat, budgets, None if private else trials, keys, count, output)
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adadpigu_core.configuration as module
-from adadpigu_core.configuration import Configuration, flatten, parse, read_toml, run_folder, to_toml
+from adadpigu_core.configuration import Configuration, flatten, parse, run_folder, to_toml
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.messages import MOST_STEPS, printable
+from adadpigu_core.settings_file import read_toml
 
 DEFAULTS = flatten(Configuration())
 ENTRIES = dict(module._entries())
