@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 
 from adadpigu_core.accounting import Event, calibrate
 from adadpigu_core.configuration import Value, parse, to_toml
-from adadpigu_core.datasets import NPZ_PREFIX
+from adadpigu_core.datasets import TEST, is_own
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.sampling import SystemRandomness
 from server.run_folder import RunFolder
@@ -94,9 +94,14 @@ def check(search: Search, data: str) -> None:
     """
     space(search.keys, private=search.private)
     configuration = parse(search.flat)
-    if not data and configuration.task.dataset.startswith(NPZ_PREFIX):
+    if not data and is_own(configuration.task.dataset):
         raise ConfigurationError(
-            "--data: say whether these arrays are public or private; on private data a search costs privacy"
+            "--data: say whether these records are public or private; on private data a search costs privacy"
+        )
+    if search.private and configuration.task.evaluate_on != TEST:
+        raise ConfigurationError(
+            "task.evaluate-on: validation records are taken from the private ones, and comparing trials on them would "
+            "reveal them; use test data, which must be public"
         )
     if configuration.privacy.ledger_dir:
         raise ConfigurationError(f"privacy.ledger-dir: {_NO_LEDGERS[search.private]}; leave it out of a search")

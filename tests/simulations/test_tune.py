@@ -239,6 +239,8 @@ class TestOnPrivateData:
     ("arguments", "problem"),
     [
         (("-c", "task.dataset=npz:mine.npz"), "--data: say whether"),
+        (("-c", "task.dataset=csv:mine.csv"), "--data: say whether"),
+        (("-c", "task.evaluate-on=validation", "--data", "private"), "task.evaluate-on: validation records are taken"),
         (("--data", "secret"), "neither public nor private"),
         (("--search", "seed"), "--search: seed cannot be searched"),
         (("--data", "private", "--search", "privacy.sampling-probability"), "changes what a trial costs"),
