@@ -10,7 +10,6 @@ import json
 import math
 import os
 import reprlib
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from adadpigu_core import datasets, factories, front_ends, models
 from adadpigu_core.accounting import NoiseSchedule, PlanShape, pretraining_rounds
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
+from adadpigu_core.augmentation import AUGMENTATIONS, MOST_VIEWS
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import PRECISIONS, GradientOptions
 from adadpigu_core.importance import DRIFT, MEASURES
@@ -168,6 +168,14 @@ class OptimiserSettings:
 
 
 @dataclass(frozen=True)
+class TrainingSettings:
+    """What a client makes of a record in a private step."""
+
+    views: int = _setting(1, "random views of a record, averaged before clipping", least=1, most=MOST_VIEWS)
+    augmentation: str = _setting("none", "how they are made: shifts by up to 2 pixels", choices=AUGMENTATIONS)
+
+
+@dataclass(frozen=True)
 class RuntimeSettings:
     """How a run is carried out."""
 
@@ -199,6 +207,7 @@ class Configuration:
     adaptive_clipping: AdaptiveClippingSettings = AdaptiveClippingSettings()
     shrinkage: ShrinkageSettings = ShrinkageSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
+    training: TrainingSettings = TrainingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
     @property
@@ -340,6 +349,11 @@ def _contradictions(configuration: Configuration) -> Iterator[str]:
         yield "federation.partition: must be iid beside federation.clients, which says how many records each has"
     if federation.num_rounds * federation.local_steps > MOST_STEPS:
         yield f"federation.num-rounds: times federation.local-steps, these are more than {MOST_STEPS} steps"
+    training = configuration.training
+    if training.augmentation == "none" and training.views > 1:
+        yield "training.views: without training.augmentation all views are the same; set it to shifts"
+    if training.augmentation != "none" and task.features != front_ends.RAW:
+        yield "training.augmentation: views are made of raw images; set task.features = raw, or augmentation = none"
     retention = configuration.retention
     if retention.schedule != "constant" and retention.final_ratio < retention.initial_ratio:
         yield "retention.final-ratio: must not be below retention.initial-ratio; coordinates are never frozen again"
@@ -360,28 +374,6 @@ def flatten(configuration: Configuration) -> dict[str, Value]:
         holder = getattr(configuration, table.replace("-", "_")) if table else configuration
         flat[key] = getattr(holder, entry.name)
     return flat
-
-
-def read_toml(path: Path) -> dict[str, Value]:
-    """Read a TOML file of nested tables into flat dotted keys.
-
-    Raises:
-        ConfigurationError: If the file is missing or is not TOML.
-    """
-    try:
-        return dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or beyond what Python parses
-        raise ConfigurationError(f"{path}: is not TOML ({error})") from error
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def to_toml(configuration: Configuration) -> str:

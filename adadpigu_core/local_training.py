@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adadpigu_core.adaptive_clipping import Standardisation, Statistics
 from adadpigu_core.datasets import Records
-from adadpigu_core.gradients import DEFAULTS, GradientOptions, Loss
+from adadpigu_core.gradients import DEFAULTS, Augmentation, GradientOptions, Loss
 from adadpigu_core.importance import importance_of
 from adadpigu_core.parameters import descend, flatten
 from adadpigu_core.private_step import Charge, Mechanism, private_step
@@ -49,6 +49,7 @@ def train_round(
     importance_measure: str | None = None,
     guard: Callable[[Standardisation], None] | None = None,
     options: GradientOptions = DEFAULTS,
+    augmentation: Augmentation | None = None,
 ) -> LocalUpdate:
     """Take private steps from the weights that the model holds; the model is left at the new weights.
 
@@ -67,6 +68,7 @@ def train_round(
         guard: Looks at the weights in ``model`` and at mask, mean and scale before every step, and raises to stop: a
             large learning rate can lead to weights that nobody would have accepted.
         options: How gradients are computed.
+        augmentation: Random views of a record.
     """
     start = flatten(model).cpu()
     importance = torch.zeros_like(start) if importance_measure else None
@@ -74,7 +76,7 @@ def train_round(
         if guard is not None:
             guard(statistics.standardisation(mask))
         release, statistics, _event = private_step(
-            model, loss, records, mechanism, mask, statistics, randomness, charge, options
+            model, loss, records, mechanism, mask, statistics, randomness, charge, options, augmentation
         )
         descend(model, release.gradient, learning_rate)
         if importance is not None and importance_measure:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from adadpigu_core.accounting import PHASES, Event
 from adadpigu_core.adaptive_clipping import AdaptiveClipping
+from adadpigu_core.augmentation import NONE as NO_AUGMENTATION
 from adadpigu_core.exceptions import AdaDPIGUError, MessageError
 from adadpigu_core.models import ModelSpec
 from adadpigu_core.noise_schedule import CONSTANT, NoiseSchedule
@@ -151,6 +152,8 @@ class TrainRequest:
         learning_rate: Of the local moves.
         importance_measure: Score to return; empty = none.
         spent: Everything that the server has seen of this client's ledger.
+        views: Random views of a record, over which its gradient is the mean.
+        augmentation: How they are made.
     """
 
     run: str
@@ -170,6 +173,8 @@ class TrainRequest:
     learning_rate: float
     importance_measure: str
     spent: tuple[Event, ...] = ()
+    views: int = 1
+    augmentation: str = NO_AUGMENTATION
 
     def __post_init__(self) -> None:
         require(self.phase in PHASES, "phase", f"unknown value {_shown(self.phase)}")

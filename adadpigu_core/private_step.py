@@ -22,7 +22,7 @@ from adadpigu_core.accounting import Event
 from adadpigu_core.adaptive_clipping import Standardisation, Statistics
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.gradients import DEFAULTS, GradientOptions, Loss, clipped_sum
+from adadpigu_core.gradients import DEFAULTS, Augmentation, GradientOptions, Loss, clipped_sum
 from adadpigu_core.noise import add_gaussian_noise
 from adadpigu_core.sampling import Randomness, poisson_sample, seeded
 
@@ -106,6 +106,7 @@ def private_step(
     randomness: Randomness,
     charge: Charge,
     options: GradientOptions = DEFAULTS,
+    augmentation: Augmentation | None = None,
 ) -> tuple[Release, Statistics, Event]:
     """Draw, clip, charge, noise and release once.
 
@@ -124,6 +125,7 @@ def private_step(
         randomness: Source of the sample and the noise.
         charge: Called with the event before any noise is drawn; raises to refuse.
         options: How gradients are computed.
+        augmentation: Random views of a record, drawn from ``randomness``.
 
     Returns:
         The release, the statistics that have learnt from it, and the event.
@@ -131,7 +133,8 @@ def private_step(
     standardisation = statistics.standardisation(mask)
     drawn = records.select(torch.from_numpy(poisson_sample(len(records), mechanism.sampling_probability, randomness)))
     with seeded(randomness.torch_seed(), next(model.parameters()).device):
-        total = clipped_sum(model, loss, drawn, standardisation, mechanism.clipping_norm, options=options).total
+        norm = mechanism.clipping_norm
+        total = clipped_sum(model, loss, drawn, standardisation, norm, options=options, augmentation=augmentation).total
     charge(mechanism.event)
     release = _release(total, standardisation, mechanism, randomness)
     if statistics.learn:

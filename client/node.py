@@ -26,6 +26,7 @@ from adadpigu_core.adaptive_clipping import (
     Statistics,
     expand,
 )
+from adadpigu_core.augmentation import Views
 from adadpigu_core.datasets import Records, check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
 from adadpigu_core.front_ends import Cache
@@ -180,6 +181,7 @@ def _release(
         importance_measure=request.importance_measure or None,
         guard=work.guard if request.steps > 1 else None,
         options=site.options,
+        augmentation=work.views.augmentation,
     )
     reply = TrainReply(
         run=request.run,
@@ -204,6 +206,7 @@ class _Work:
     statistics: Statistics
     target: Target
     memory: bytes
+    views: Views
     guard: Callable[[Standardisation], None]
 
 
@@ -234,12 +237,14 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
             event.sampling_probability,
             site.num_records,
         )
+        views = Views(request.views, request.augmentation)
+        views.check(request.model.feature_shape)
     statistics = _statistics(request, memory, layout)
     spec = request.model
     guard = partial(check_rounding, model, cross_entropy, spec.feature_shape, spec.num_classes)
     guard(statistics.standardisation(mask))
     records = _FEATURES.get(spec.features, site.records, site.content)
-    return _Work(model, records, mechanism, mask, statistics, target, stored, guard)
+    return _Work(model, records, mechanism, mask, statistics, target, stored, views, guard)
 
 
 def _recorded(run: str, site: Site, ledger: Ledger) -> tuple[Plan, Target]:

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 
 from adadpigu_core import datasets
+from adadpigu_core.augmentation import Views
 from adadpigu_core.configuration import ORACLE, Configuration, Value, not_private, parse, run_folder, to_toml
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.front_ends import applied
@@ -129,6 +130,7 @@ def model_spec(configuration: Configuration, data: datasets.DataSet) -> ModelSpe
     """Say what is trained, from the settings and the public data."""
     task = configuration.task
     name = default_model(task.dataset) if task.model == "auto" else task.model
+    Views(configuration.training.views, configuration.training.augmentation).check(data.input_shape)
     return ModelSpec(
         name=name,
         activation=task.activation,

@@ -104,6 +104,8 @@ class Requests:
             steps=configuration.federation.local_steps,
             learning_rate=configuration.optimiser.local_learning_rate,
             importance_measure=measure if work.phase == PRETRAINING and measure != DRIFT else "",
+            views=configuration.training.views,
+            augmentation=configuration.training.augmentation,
         )
 
     def _statistics(self, work: RoundWork) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:

@@ -8,8 +8,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from adadpigu_core import datasets
-from adadpigu_core.configuration import parse, read_toml, run_folder
+from adadpigu_core.configuration import parse, run_folder
 from adadpigu_core.models import build, check_private, fingerprint
+from adadpigu_core.settings_file import read_toml
 from server.app import model_spec
 from simulations import doctor_common as common
 from simulations.findings import FAULT, GOOD, NOTE, WARNING, Check, Finding

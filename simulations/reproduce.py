@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core.configuration import Value, flatten, parse, read_toml
+from adadpigu_core.configuration import Value, flatten, parse
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.settings_file import read_toml
 from server.run_folder import CONFIGURATION, RESULT, RunFolder
 from simulations import table_report
 from simulations.display import Progressing

@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from adadpigu_core import datasets
-from adadpigu_core.configuration import Configuration, Value, flatten, parse, read_toml, settings, to_toml
+from adadpigu_core.configuration import Configuration, Value, flatten, parse, settings, to_toml
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.settings_file import read_toml
 from client.partitions import Deal, deal, listed_clients
 from server.app import check_oracle, model_spec
 from server.app import run as run_server

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from adadpigu_core.configuration import flatten, parse, read_toml
+from adadpigu_core.configuration import flatten, parse
+from adadpigu_core.settings_file import read_toml
 
 NAMES = {"config.toml", "metrics.jsonl", "privacy.json", "checkpoint.npz", "result.json", "report.html", "ledgers"}
 

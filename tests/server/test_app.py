@@ -12,8 +12,9 @@ from dp_accounting import pld
 
 import server.app
 from adadpigu_core import archive
-from adadpigu_core.configuration import parse, read_toml
+from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.settings_file import read_toml
 from server.run_folder import CHECKPOINT, CONFIGURATION, METRICS, PRIVACY, RESULT, RunFolder
 
 
@@ -117,10 +118,10 @@ class TestFolder:
             "seed",
             "code",
             "parameters",
+            "diverged",
             "unit",
             "area_under_curve",  # of public test data
             "not_private",  # follows from the settings
-            "diverged",  # follows from public test data
         }
         assert set(result) == public | {"clients", "refused"}
         account = {

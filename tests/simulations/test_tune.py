@@ -11,9 +11,10 @@ from dp_accounting import dp_event, rdp
 from typer.testing import CliRunner
 
 from adadpigu_core.accounting import PlanShape, calibrate
-from adadpigu_core.configuration import parse, read_toml
+from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.sampling import SeededRandomness
+from adadpigu_core.settings_file import read_toml
 from simulations import command_line, tune
 from simulations.selection_cost import RandomTrials
 from simulations.tune import Point, front
