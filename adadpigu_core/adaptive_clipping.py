@@ -102,6 +102,21 @@ class Standardisation:
             start = number * _PIECE
             yield slice(start, start + _PIECE), torch.from_numpy(retained.astype(np.int64))
 
+    def scale_of(self, part: slice) -> Tensor | float:
+        """Scale of a piece, for products with what is zero where the mask is False; a number if there is only one."""
+        common = self._common_scales[part.start // _PIECE]
+        return torch.where(self.mask[part], self.scale[part], 1.0) if common is None else common
+
+    @cached_property
+    def _common_scales(self) -> list[float | None]:
+        """The one scale of each piece, where there is only one: layers are mostly larger than a piece."""
+        common: list[float | None] = []
+        for part, retained in self.pieces():
+            scales = self.scale[part].index_select(0, retained)
+            low, high = torch.aminmax(scales) if len(scales) else (torch.ones(()), torch.ones(()))
+            common.append(float(low) if bool(low == high) else None)
+        return common
+
     @cached_property
     def _retained(self) -> list[NDArray[np.uint16]]:
         """Indices within each piece, in two bytes each: local steps share them."""

@@ -10,18 +10,18 @@ from torch import Tensor
 from adadpigu_core.sampling import Randomness
 
 
-def add_gaussian_noise(values: Tensor, noise_stddev: float, randomness: Randomness) -> Tensor:
-    """Add independent noise N(0, noise_stddev^2) to every value.
+def add_gaussian_noise(values: Tensor, retained: Tensor, noise_stddev: float, randomness: Randomness) -> Tensor:
+    """Add independent noise N(0, noise_stddev^2) to the retained values, in place.
 
     Args:
-        values: Retained coordinates of a sum of clipped vectors, [k].
+        values: Part of a sum of clipped vectors, float64 [n].
+        retained: Indices of the values that are released, int64 [k], each once.
         noise_stddev: Noise multiplier times clipping norm; 0 adds nothing.
         randomness: Private source of the noise.
 
     Returns:
-        Noisy values, float64 [k].
+        ``values``.
     """
-    if not noise_stddev > 0:
-        return values.double()
-    noise = torch.from_numpy(randomness.normal(values.numel()))
-    return noise.mul_(noise_stddev).add_(values)
+    if noise_stddev > 0:
+        values.index_add_(0, retained, torch.from_numpy(randomness.normal(len(retained))), alpha=noise_stddev)
+    return values

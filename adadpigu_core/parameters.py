@@ -69,7 +69,7 @@ def descend(model: nn.Module, gradient: Tensor, learning_rate: float) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, piece in ParameterLayout.of(model).split(gradient).items():
-            parameters[name].sub_((learning_rate * piece).to(parameters[name].device))
+            parameters[name].sub_(piece.to(parameters[name].device), alpha=learning_rate)
 
 
 def assign(model: nn.Module, vector: Tensor) -> None:

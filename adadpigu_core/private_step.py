@@ -145,10 +145,9 @@ def private_step(
 def _release(total: Tensor, given: Standardisation, mechanism: Mechanism, randomness: Randomness) -> Release:
     """Add the noise and map back, in place and inside the cache; frozen coordinates may have any mean and scale."""
     for part, retained in given.pieces():
-        values, scale = (whole[part].index_select(0, retained) for whole in (total, given.scale))
-        noisy = add_gaussian_noise(values, mechanism.sum_noise_stddev, randomness)
-        noisy.mul_(scale).div_(mechanism.expected_batch_size)
+        noisy = add_gaussian_noise(total[part].double(), retained, mechanism.sum_noise_stddev, randomness)
+        noisy.mul_(given.scale_of(part)).div_(mechanism.expected_batch_size)
         if given.centred:
-            noisy.add_(given.mean[part].index_select(0, retained))
-        total[part].index_copy_(0, retained, noisy.float())
+            noisy.index_add_(0, retained, given.mean[part].index_select(0, retained).double())
+        total[part].copy_(noisy)
     return Release(total, given, mechanism.noise_stddev)

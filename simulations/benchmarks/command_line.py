@@ -18,6 +18,7 @@ _STEP = """Time a training step of every method, interleaved, and measure its pe
 
 Ratios are to a plain SGD step of the same network in the same run, in its fastest layout; those of memory to one in the
 default layout. Figures compare only within a run, on a machine that does little else.
+Small networks are repeated more often, because their steps vary more.
 
 [bold]Examples[/bold]
 
@@ -40,7 +41,7 @@ def step(
         str | None, typer.Option(help=f"Methods, separated by commas: {', '.join(METHODS)}. Default: all.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Records a step.")] = _DEFAULTS.batch,
-    repetitions: Annotated[int, typer.Option(help="Timed steps of each method.")] = _DEFAULTS.repetitions,
+    repetitions: Annotated[int, typer.Option(help="Timed steps of each method, at least.")] = _DEFAULTS.repetitions,
     retention: Annotated[float, typer.Option(help="Share of coordinates in the mask.")] = _DEFAULTS.retention,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = _DEFAULTS.device,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = _DEFAULTS.threads,
@@ -50,12 +51,15 @@ def step(
     limit_gb: Annotated[
         float, typer.Option(help="Leave a method out if the gradients that it keeps take more, in GB.")
     ] = _DEFAULTS.limit_gb,
+    least_s: Annotated[
+        float, typer.Option(help="Repeat more often until a network has taken this long, in seconds.")
+    ] = _DEFAULTS.least_s,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures.")] = None,
 ) -> None:
     """Measure steps and print tables."""
     try:
         chosen = METHODS if methods is None else _split(methods)
-        plan = Plan(_split(models), chosen, batch, repetitions, retention, device, threads, limit_s, limit_gb)
+        plan = Plan(_split(models), chosen, batch, repetitions, retention, device, threads, limit_s, limit_gb, least_s)
         if methods is not None and set(plan.methods) & set(OPACUS) and not has_opacus():
             raise ConfigurationError(f"--methods: {HOW_TO_GET_OPACUS}")
         _step(plan, json_file)

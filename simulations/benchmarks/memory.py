@@ -45,6 +45,7 @@ def _in_a_copy(work: Callable[[], object]) -> float:
     reading, writing = os.pipe()
     copy = os.fork()
     if copy == 0:
+        torch.set_num_threads(1)  # others have not been copied: work that is shared among them would never end
         with suppress(BaseException), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             kept = work()
         with suppress(BaseException):

@@ -1,7 +1,7 @@
 """One training step by every method, ready to be called again and again.
 
-All private methods clip to the same norm and add the same noise. ``adadpigu`` is what a client does with a batch;
-``naive`` is the same sum from torch.func, one gradient a record. What needs Opacus is in ``opacus_steps``.
+All private methods clip to the same norm and add the same noise. ``adadpigu`` is what a client does with a batch. What
+needs Opacus is in ``opacus_steps``.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,6 @@ from adadpigu_core.accounting import TRAINING
 from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation, expand
 from adadpigu_core.datasets import Records
 from adadpigu_core.gradients import cross_entropy
-from adadpigu_core.gradients.simple import clipped_sum as simple_clipped_sum
 from adadpigu_core.masking import mask_of
 from adadpigu_core.parameters import ParameterLayout, descend
 from adadpigu_core.private_step import Mechanism, private_step
@@ -27,8 +26,8 @@ CLIPPING_NORM = 1.0
 NOISE_MULTIPLIER = 1.0
 LEARNING_RATE = 0.01
 
-# of every record's gradient at the same time; torch.func's are computed in pieces
-_COPIES = {HOOKS: 1, STANDARDISED: 2}
+# of every record's gradient at the same time
+_COPIES = {HOOKS: 1, STANDARDISED: 2, NAIVE: 3}
 
 Step = Callable[[], None]
 
@@ -65,8 +64,7 @@ def load(task: Task) -> None:
         import_module("simulations.benchmarks.opacus_steps")
     model, records = nn.Linear(1, 2), Records(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
     standardisation = Standardisation.identity(4)
-    for make in (lambda trained: _plain(trained, Layout()), _naive):
-        make(Trained(model, records, standardisation))()
+    _plain(Trained(model, records, standardisation), Layout())()
 
 
 def make_step(task: Task, trained: Trained) -> Step:
@@ -74,12 +72,15 @@ def make_step(task: Task, trained: Trained) -> Step:
     if task.method in OPACUS:
         from simulations.benchmarks import opacus_steps  # noqa: PLC0415 - only here is Opacus needed
 
-        makers = {HOOKS: opacus_steps.hooks, GHOST: opacus_steps.ghost, STANDARDISED: opacus_steps.hooks_standardised}
+        makers = {
+            HOOKS: opacus_steps.hooks,
+            GHOST: opacus_steps.ghost,
+            STANDARDISED: opacus_steps.hooks_standardised,
+            NAIVE: opacus_steps.naive,
+        }
         return makers[task.method](trained)
     if task.method == PLAIN:
         return _plain(trained, task.layout)
-    if task.method == NAIVE:
-        return _naive(trained)
     return _private(trained, SeededRandomness(0) if task.method == ADADPIGU else SystemRandomness())
 
 
@@ -113,20 +114,6 @@ def _private(trained: Trained, randomness: Randomness) -> Step:
             model, cross_entropy, trained.records, mechanism, given.mask, statistics, randomness, lambda _: None
         )
         descend(model, release.gradient, LEARNING_RATE)
-
-    return step
-
-
-def _naive(trained: Trained) -> Step:
-    generator = torch.Generator().manual_seed(0)
-
-    def step() -> None:
-        total = simple_clipped_sum(
-            trained.model, cross_entropy, trained.records, trained.standardisation, CLIPPING_NORM
-        ).total
-        descend(
-            trained.model, noised_mean(total, trained.standardisation, len(trained.records), generator), LEARNING_RATE
-        )
 
     return step
 

@@ -25,6 +25,8 @@ from simulations.benchmarks.methods import (
     noised_mean,
 )
 
+Clip = Callable[[list[Tensor], Trained], Tensor]
+
 
 def hooks(trained: Trained) -> Step:
     """Prepare DP-SGD with a gradient kept for every record."""
@@ -67,8 +69,16 @@ def ghost(trained: Trained) -> Step:
 
 
 def hooks_standardised(trained: Trained) -> Step:
-    """Prepare what AdaDPIGU's step computes, from the gradients that the hooks keep."""
-    sum_up = standardised_sum(trained)
+    """Prepare what AdaDPIGU's step computes, from the gradients that the hooks keep, a parameter at a time."""
+    return _private(trained, standardised_sum(trained, by_parameter))
+
+
+def naive(trained: Trained) -> Step:
+    """Prepare the same, written as the method is: the gradient of a record is one vector, and so are the statistics."""
+    return _private(trained, standardised_sum(trained, as_vectors))
+
+
+def _private(trained: Trained, sum_up: Callable[[], Tensor]) -> Step:
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
@@ -80,19 +90,45 @@ def hooks_standardised(trained: Trained) -> Step:
     return step
 
 
-def standardised_sum(trained: Trained) -> Callable[[], Tensor]:
+def standardised_sum(trained: Trained, clip: Clip) -> Callable[[], Tensor]:
     """Prepare the sum of standardised and clipped gradients, [d]."""
     module = GradSampleModule(trained.model, loss_reduction="sum")
     parameters = [parameter for parameter in trained.model.parameters() if parameter.requires_grad]
-    pieces = _pieces(trained)
 
     def sum_up() -> Tensor:
         module.zero_grad()
         loss = cross_entropy(module(trained.records.features), trained.records.labels).sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        return _clipped_sum(parameters, pieces)
+        return clip([_taken(parameter) for parameter in parameters], trained)
 
     return sum_up
+
+
+def _taken(parameter: nn.Parameter) -> Tensor:
+    """Take the gradients of records, [n, P], from where the hooks put them."""
+    kept: Tensor = parameter.grad_sample  # type: ignore[attr-defined]
+    parameter.grad_sample = None  # type: ignore[attr-defined]
+    return kept.flatten(1)
+
+
+def by_parameter(gradients: list[Tensor], trained: Trained) -> Tensor:
+    """Standardise, clip and add up gradients, [d], as Opacus clips; ``gradients`` is emptied on the way."""
+    standardised = []
+    for piece in _pieces(trained):
+        standardised.append(standardise(gradients.pop(0), piece))
+    norms = torch.stack([torch.linalg.vector_norm(each, dim=1) for each in standardised], dim=1).double().norm(dim=1)
+    factors = clipping_factors(norms, CLIPPING_NORM).float()
+    return torch.cat([factors @ each for each in standardised])
+
+
+def as_vectors(gradients: list[Tensor], trained: Trained) -> Tensor:
+    """Standardise, clip and add up gradients, [d], as rows of one matrix [n, d]."""
+    device = trained.records.labels.device
+    given = trained.standardisation
+    vectors = Standardisation(given.mask.to(device), given.mean.to(device), given.scale.to(device))
+    standardised = standardise(torch.cat(gradients, dim=1), vectors)
+    norms = torch.linalg.vector_norm(standardised, dim=1).double()
+    return clipping_factors(norms, CLIPPING_NORM).float() @ standardised
 
 
 def _pieces(trained: Trained) -> list[Standardisation]:
@@ -100,16 +136,3 @@ def _pieces(trained: Trained) -> list[Standardisation]:
     layout, given, device = ParameterLayout.of(trained.model), trained.standardisation, trained.records.labels.device
     parts = [layout.split(vector.to(device)) for vector in (given.mask, given.mean, given.scale)]
     return [Standardisation(*(part[name].reshape(-1) for part in parts)) for name in layout.names]
-
-
-def _clipped_sum(parameters: list[nn.Parameter], pieces: list[Standardisation]) -> Tensor:
-    """Standardise, clip and add up the kept gradients, [d]; a parameter at a time, as Opacus does."""
-    standardised = []
-    for parameter, piece in zip(parameters, pieces, strict=True):
-        kept: Tensor = parameter.grad_sample  # type: ignore[attr-defined]  # Opacus' hooks put it there
-        standardised.append(standardise(kept.flatten(1), piece))
-        parameter.grad_sample = None  # type: ignore[attr-defined]
-        del kept
-    norms = torch.stack([torch.linalg.vector_norm(each, dim=1) for each in standardised], dim=1).double().norm(dim=1)
-    factors = clipping_factors(norms, CLIPPING_NORM).float()
-    return torch.cat([factors @ each for each in standardised])

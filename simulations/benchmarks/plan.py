@@ -16,8 +16,8 @@ ADADPIGU = "adadpigu"
 SYSTEM_NOISE = "adadpigu-system-noise"
 HOOKS, GHOST, STANDARDISED = "opacus-hooks", "opacus-ghost", "opacus-hooks-standardised"
 NAIVE = "naive"
-OPACUS = (HOOKS, GHOST, STANDARDISED)
-METHODS = (PLAIN, ADADPIGU, SYSTEM_NOISE, *OPACUS, NAIVE)
+OPACUS = (HOOKS, GHOST, STANDARDISED, NAIVE)
+METHODS = (PLAIN, ADADPIGU, SYSTEM_NOISE, *OPACUS)
 
 HOW_TO_GET_OPACUS = "Opacus is not installed; it is in the extra 'benchmark': pip install -e '.[benchmark]'"
 
@@ -108,6 +108,7 @@ class Plan:
         methods: Some of ``METHODS``; plain steps are always measured.
         batch: Records a step, at least 1.
         repetitions: Timed steps of each method, at least 1.
+        least_s: Go on with further steps until a network has taken this long, in seconds.
         retention: Share of the coordinates that the mask retains, in (0, 1].
         device: ``cpu`` or a CUDA device.
         threads: Of torch, at least 1.
@@ -127,6 +128,7 @@ class Plan:
     threads: int = 1
     limit_s: float = 120.0
     limit_gb: float = 10.0
+    least_s: float = 30.0
 
     def __post_init__(self) -> None:
         _check_names("--models", self.models, MODELS)
@@ -136,6 +138,8 @@ class Plan:
                 raise ConfigurationError(f"--{key}: must be at least 1, got {number}")
         if not 0 < self.retention <= 1:
             raise ConfigurationError(f"--retention: must be in (0, 1], got {self.retention:g}")
+        if not self.least_s >= 0:
+            raise ConfigurationError(f"--least-s: must be at least 0, got {self.least_s:g}")
         if not (self.limit_s > 0 and self.limit_gb > 0):
             raise ConfigurationError(
                 f"--limit-s, --limit-gb: must be positive, got {self.limit_s:g} and {self.limit_gb:g}"

@@ -6,6 +6,7 @@ in the default layout with the whole batch at once, which is what a user starts 
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from simulations.benchmarks.plan import (
     ADADPIGU,
     BOUNDS,
     HOW_TO_GET_OPACUS,
+    NAIVE,
     OPACUS,
     PLAIN,
     STANDARDISED,
@@ -68,11 +70,13 @@ def _measure_model(plan: Plan, model: str, say: Say) -> list[Measured]:
         for each in measured:
             say(f"{model}: starting {each.task.name}")
             _start(each, plan.limit_s, workers)
-        for repetition in range(plan.repetitions):
-            say(f"{model}: repetition {repetition + 1} of {plan.repetitions}")
+        begun, repetition = time.monotonic(), 0
+        while repetition < plan.repetitions or (workers and time.monotonic() - begun < plan.least_s):
+            say(f"{model}: repetition {repetition + 1} of {plan.repetitions} or more")
             first = repetition % len(workers) if workers else 0
             for worker, each in workers[first:] + workers[:first]:
                 _time(worker, each)
+            repetition += 1
     finally:
         for worker, _ in workers:
             worker.close()
@@ -108,14 +112,16 @@ def rows(measured: list[Measured]) -> list[Row]:
     best = min(plain, key=lambda each: each.median("elapsed_ms") or float("inf"))
     default = next(each for each in plain if each.task.layout == Layout())
     seen = {each.task.method: each for each in measured if each.task.method != PLAIN}
-    reference = seen.get(STANDARDISED)
+    references = seen.get(STANDARDISED), seen.get(NAIVE)
     named = [(PLAIN, best)]
     named += [(f"{PLAIN}-{each.task.layout.name}", each) for each in plain]
     named += list(seen.items())
-    return [_row(method, each, best, default, reference) for method, each in named]
+    return [_row(method, each, best, default, *references) for method, each in named]
 
 
-def _row(method: str, each: Measured, best: Measured, default: Measured, reference: Measured | None) -> Row:
+def _row(
+    method: str, each: Measured, best: Measured, default: Measured, opacus: Measured | None, naive: Measured | None
+) -> Row:
     times = [sample.elapsed_ms for sample in each.samples]
     elapsed, cpu, peak = (each.median(what) for what in ("elapsed_ms", "cpu_ms", "peak_mb"))
     return {
@@ -132,7 +138,8 @@ def _row(method: str, each: Measured, best: Measured, default: Measured, referen
         "cpu_ratio": _ratio(cpu, best.median("cpu_ms")),  # hardly disturbed by other programs
         "peak_mb": peak,
         "peak_ratio": _ratio(peak, default.median("peak_mb")),
-        "speedup_over_opacus": _ratio(reference.median("elapsed_ms"), elapsed) if reference else None,
+        "speedup_over_opacus": _ratio(opacus.median("elapsed_ms"), elapsed) if opacus else None,
+        "speedup_over_naive": _ratio(naive.median("elapsed_ms"), elapsed) if naive else None,
         "note": each.note,
         **_verdict(method, each),
     }

@@ -11,6 +11,7 @@ from adadpigu_core.adaptive_clipping import (
     AdaptiveClipping,
     FixedStatistics,
     RunningStatistics,
+    Standardisation,
     expand,
     shrink,
 )
@@ -104,3 +105,23 @@ def test_before_anything_was_released_every_rule_is_the_identity(rule, centre, g
     given_ = RunningStatistics.neutral(settings, LAYOUT).standardisation(ALL)
     assert given_.mean.tolist() == [0] * D
     assert given_.scale.tolist() == [1] * D
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_scale_of_a_piece_is_that_of_its_retained_coordinates(spread):
+    """Frozen coordinates may have any scale; a piece of one scale gives a number."""
+    torch.manual_seed(0)
+    mask, scale = torch.rand(150_000) < 0.3, torch.full((150_000,), 0.7)
+    mask[65_536:131_072] = False  # a piece without any
+    scale[~mask] = torch.tensor([torch.nan, torch.inf, -1.0, 0.0]).repeat(40_000)[: int((~mask).sum())]
+    if spread:
+        scale[mask] += torch.rand(int(mask.sum()))
+    given = Standardisation(mask, torch.zeros(150_000), scale)
+    kinds = []
+    for part, retained in given.pieces():
+        found = given.scale_of(part)
+        kinds.append(type(found))
+        whole = torch.as_tensor(found).expand(len(mask[part]))
+        assert torch.equal(whole[retained], scale[part][retained])
+        assert bool((torch.isfinite(whole) & (whole > 0)).all())
+    assert kinds == ([torch.Tensor, float, torch.Tensor] if spread else [float] * 3)

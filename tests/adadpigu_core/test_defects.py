@@ -222,9 +222,9 @@ def check_what_is_charged_is_what_is_done(train, monkeypatch, model, records):
         probabilities.append(sampling_probability)
         return sample(num_records, sampling_probability, randomness)
 
-    def noise_seen(total, noise_stddev, *rest):
+    def noise_seen(total, retained, noise_stddev, randomness):
         deviations.append(noise_stddev)
-        return noise(total, noise_stddev, *rest)
+        return noise(total, retained, noise_stddev, randomness)
 
     with monkeypatch.context() as patch:
         patch.setattr(private, "poisson_sample", sampling_seen)

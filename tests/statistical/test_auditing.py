@@ -68,10 +68,8 @@ def total_of(model, records):
 def noisy_totals(total, noise_multiplier, randomness, draws=DRAWS):
     """Many releases at once: the noise is independent across coordinates, so that many vectors are one long one."""
     long = total.repeat(draws)
-    noisy = torch.zeros(len(long), dtype=torch.float64)
-    retained = MASK.repeat(draws)
-    noisy[retained] = add_gaussian_noise(long[retained], noise_multiplier * CLIPPING_NORM, randomness)
-    return noisy.view(draws, D)
+    retained = MASK.repeat(draws).nonzero().flatten()
+    return add_gaussian_noise(long, retained, noise_multiplier * CLIPPING_NORM, randomness).view(draws, D)
 
 
 def score(noisy, ordinary_total, canary_total):

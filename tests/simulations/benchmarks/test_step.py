@@ -59,7 +59,7 @@ def _threads():
 @pytest.mark.slow
 def test_the_command_measures_and_writes(tmp_path):
     file = tmp_path / "step.json"
-    options = ("--models", "mlp", "--methods", "adadpigu,", "--batch", "4", "--repetitions", "2")
+    options = ("--models", "mlp", "--methods", "adadpigu,", "--batch", "4", "--repetitions", "2", "--least-s", "0")
     result = invoke(*options, "--json", str(file))
     assert result.exit_code == 0, result.output
     written = json.loads(file.read_text())
@@ -91,6 +91,7 @@ def test_the_command_measures_and_writes(tmp_path):
         (("--threads", "0"), "--threads"),
         (("--retention", "1.5"), "--retention"),
         (("--limit-s", "nan"), "--limit-s"),
+        (("--least-s", "-1"), "--least-s"),
         (("--limit-gb", "0"), "--limit-gb"),
         (("--device", "tpu9"), "tpu9"),
         (("--device", "meta"), "meta"),
@@ -123,7 +124,7 @@ def test_without_opacus_its_methods_say_how_to_get_it(monkeypatch):
 def test_without_opacus_everything_else_is_measured_by_default(monkeypatch):
     monkeypatch.setattr(step_module, "has_opacus", lambda: False)
     monkeypatch.setattr(step_module, "Worker", FakeWorker)
-    found = {row["method"]: row for row in measured(Plan(("mlp",), repetitions=1))}
+    found = {row["method"]: row for row in measured(Plan(("mlp",), repetitions=1, least_s=0))}
     assert set(METHODS) <= set(found)
     assert found[GHOST]["median_ms"] is None
     assert "pip install" in found[GHOST]["note"]
@@ -166,13 +167,20 @@ def fake(monkeypatch):
 
 
 def test_methods_take_turns_from_another_first_one_in_every_repetition(fake):
-    measured(Plan(("mlp",), (ADADPIGU, NAIVE), batch=8, repetitions=3))
+    measured(Plan(("mlp",), (ADADPIGU, NAIVE), batch=8, repetitions=3, least_s=0))
     assert fake.turns == [PLAIN, ADADPIGU, NAIVE, ADADPIGU, NAIVE, PLAIN, NAIVE, PLAIN, ADADPIGU]
+
+
+def test_networks_are_repeated_until_they_have_taken_long_enough(fake, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(step_module.time, "monotonic", lambda: float(next(clock)))
+    measured(Plan(("mlp",), (PLAIN,), batch=8, repetitions=2, least_s=5))
+    assert len(fake.turns) == 6  # two that are asked for, then one a second until the fifth
 
 
 def test_a_method_that_breaks_on_the_way_has_no_figures_and_the_others_do(fake, monkeypatch):
     monkeypatch.setattr(fake, "failing", NAIVE)
-    found = {row["method"]: row for row in measured(Plan(("mlp",), (GHOST, NAIVE), batch=8))}
+    found = {row["method"]: row for row in measured(Plan(("mlp",), (GHOST, NAIVE), batch=8, least_s=0))}
     assert (found[NAIVE]["median_ms"], found[NAIVE]["peak_mb"], found[NAIVE]["repetitions"]) == (None, None, 0)
     assert found[NAIVE]["note"] == "it broke"
     assert fake.turns.count(NAIVE) == 1
@@ -192,14 +200,16 @@ def test_plain_is_the_fastest_layout_and_memory_is_compared_with_the_default():
                 seen(PLAIN, 10.0, 90.0, 10.0, layout=Layout(True, 2), peak_mb=10.0),
                 seen(ADADPIGU, 15.0, peak_mb=200.0),
                 seen(STANDARDISED, 60.0),
+                seen(NAIVE, 75.0),
             ]
         )
     }
-    assert list(found) == [PLAIN, "plain-default", "plain-channels-last-batch-2", ADADPIGU, STANDARDISED]
+    assert list(found) == [PLAIN, "plain-default", "plain-channels-last-batch-2", ADADPIGU, STANDARDISED, NAIVE]
     assert (found[PLAIN]["layout"], found[PLAIN]["median_ms"]) == ("channels-last-batch-2", 10)
     assert found["plain-default"]["ratio"] == 3
     ours = found[ADADPIGU]
     assert (ours["ratio"], ours["peak_ratio"], ours["speedup_over_opacus"]) == (1.5, 2, 4)
+    assert ours["speedup_over_naive"] == 5
 
 
 def test_plain_layouts_are_those_that_differ():
@@ -209,7 +219,7 @@ def test_plain_layouts_are_those_that_differ():
 
 
 def test_bounds_are_shown_where_they_apply(fake):
-    plan = Plan(("mlp",), (ADADPIGU, STANDARDISED, HOOKS))
+    plan = Plan(("mlp",), (ADADPIGU, STANDARDISED, HOOKS), least_s=0)
     found = measured(plan)
     assert [table.row_count for table in tables(found, plan)] == [len(found), 1]
     assert len(tables(found, Plan(("mlp",), (ADADPIGU,), threads=2))) == 1
