@@ -122,7 +122,6 @@ class TestFolder:
             "unit",
             "area_under_curve",  # of public test data
             "not_private",  # follows from the settings
-            "diverged",  # follows from public test data
         }
         assert set(result) == public | {"clients", "refused"}
         account = {
