@@ -24,9 +24,9 @@ from adadpigu_core.privacy_loss import (
     Event,
     check_delta,
     epsilon,
-    epsilons,
     fits,
     merge,
+    work,
 )
 
 # Calibration stops here, and adds more noise than the target needs.
@@ -197,14 +197,19 @@ def calibrate(
         BudgetError: If the past alone has used up the target, or no amount of noise is enough.
         ConfigurationError: For values out of range.
     """
-    _check_target(shape, target_epsilon, target_delta, spent)
+    check_target(shape, target_epsilon, target_delta, spent)
     plan = _calibrate(shape, target_epsilon, target_delta, merge(spent), near)
     if not fits((*spent, *plan.events), target_epsilon, target_delta):  # never seen; worth knowing if it happens
         raise BudgetError(f"calibration failed: {plan} does not meet epsilon {target_epsilon}")
     return plan
 
 
-def _check_target(shape: PlanShape, target_epsilon: float, target_delta: float, spent: Sequence[Event]) -> None:
+def check_target(shape: PlanShape, target_epsilon: float, target_delta: float, spent: Sequence[Event]) -> None:
+    """Refuse what cannot be calibrated.
+
+    Raises:
+        ConfigurationError: Naming the value that is out of range.
+    """
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise ConfigurationError(f"target_epsilon: must be positive and finite, got {target_epsilon}")
     check_delta(target_delta, "target_delta")
@@ -245,9 +250,9 @@ def _calibrate(
     def total(noise_multiplier: float) -> float:
         return epsilon((*spent, *shape.plan(noise_multiplier).events), target_delta)
 
-    smallest = _SMALLEST_NOISE_MULTIPLIER / min(1.0, shape.smallest_factor)
-    start = max(near, smallest) if near else _first_guess(shape, target_epsilon, target_delta, spent, smallest)
-    noise_multiplier = _search(total, used, target_epsilon, start, smallest)
+    smallest = smallest_noise(shape)
+    start = max(near, smallest) if near else first_guess(shape, target_epsilon, target_delta, spent, smallest)
+    noise_multiplier = search_noise(total, used, target_epsilon, start, smallest)
     if noise_multiplier is None:
         text = (
             f"too little of the privacy budget is left: epsilon {used:.4f} of {target_epsilon:g} at delta "
@@ -257,7 +262,12 @@ def _calibrate(
     return shape.plan(noise_multiplier)
 
 
-def _first_guess(
+def smallest_noise(shape: PlanShape) -> float:
+    """The least noise multiplier of the first training round with which no round has less than calibration allows."""
+    return _SMALLEST_NOISE_MULTIPLIER / min(1.0, shape.smallest_factor)
+
+
+def first_guess(
     shape: PlanShape, target_epsilon: float, target_delta: float, spent: Sequence[Event], smallest: float
 ) -> float:
     """Noise multiplier at which the loss varies as much as that of a Gaussian mechanism that about meets the target."""
@@ -272,7 +282,7 @@ def _first_guess(
     return _LARGEST_NOISE_MULTIPLIER
 
 
-def _search(
+def search_noise(
     total: Callable[[float], float], used: float, target_epsilon: float, noise_multiplier: float, smallest: float
 ) -> float | None:
     """Find a noise multiplier whose total epsilon is just within the target; None if there is none.
@@ -314,9 +324,13 @@ __all__ = [
     "Plan",
     "PlanShape",
     "calibrate",
+    "check_target",
     "epsilon",
-    "epsilons",
+    "first_guess",
     "fits",
     "merge",
     "pretraining_rounds",
+    "search_noise",
+    "smallest_noise",
+    "work",
 ]

@@ -23,7 +23,7 @@ _REACH = 2  # pixels
 class Views:
     """Maps features [n, channels, height, width] to random views [n, count, channels, height, width].
 
-    Every view is shifted by up to 2 pixels in each direction, and zeros move in; with flips every other one is mirrored.
+    Every view is shifted by up to 2 pixels in each direction, and zeros move in; with flips every other is mirrored.
     Draws come from torch's default generator.
 
     Args:
@@ -61,7 +61,7 @@ class Views:
 
     def __call__(self, features: Tensor) -> Tensor:
         """Draw the views."""
-        n, channels, height, width = features.shape
+        n, _, height, width = features.shape
         padded = F.pad(features, (_REACH,) * 4)
         down, right = (self._shifts(n, size, features.device) for size in (height, width))
         records = torch.arange(n, device=features.device)[:, None, None, None]

@@ -15,7 +15,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core import datasets, factories, front_ends, models
+from adadpigu_core import datasets, factories, front_ends, models, settings_file
 from adadpigu_core.accounting import NoiseSchedule, PlanShape, pretraining_rounds
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.augmentation import AUGMENTATIONS, MOST_VIEWS
@@ -29,7 +29,7 @@ from adadpigu_core.noise_schedule import LARGEST_RATIO, LEAST_RATIO, NOISE_SCHED
 from adadpigu_core.shrinkage import SHRINKAGE_GRANULARITIES, SHRINKAGE_RULES
 from adadpigu_core.weights import AGGREGATIONS
 
-Value = bool | int | float | str
+Value = settings_file.Value
 OWNERS = ("server", "client")
 ORACLE = "oracle"
 RANKINGS = ("consensus", "local", "random", ORACLE)
@@ -157,7 +157,7 @@ class ShrinkageSettings:
 class OptimiserSettings:
     """How released gradients move the weights; all of it is post-processing."""
 
-    local_learning_rate: float = _setting(0.1, "rate of a client's private steps", above=0)
+    local_learning_rate: float = _setting(0.1, "rate of a client's private steps; 0: from the plan", least=0)
     server_learning_rate: float = _setting(1.0, "rate at which the mean update is applied", above=0)
     name: str = _setting("sgd", "server optimiser", choices=OPTIMISERS)
     momentum: float = _setting(0.9, "server momentum (adam: first-moment decay)", least=0, below=1)

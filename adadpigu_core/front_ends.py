@@ -10,8 +10,6 @@ are as private as the record and cost nothing. They are computed once, not in ev
 Left out: features that were trained on anything.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +21,7 @@ from adadpigu_core.exceptions import ConfigurationError
 RAW, SCATTERING = "raw", "scattering"
 FEATURES = (RAW, SCATTERING)
 _LEAST_SIZE = 8
-_GROUPS = 27  # of the 81 channels of scattering
+_GROUPS = 9  # of the 81 channels of scattering
 _PIECE = 256
 
 
@@ -48,7 +46,8 @@ def feature_shape(name: str, input_shape: tuple[int, ...]) -> tuple[int, ...]:
 def features(name: str, raw: Tensor) -> Tensor:
     """Features of records [n, *input_shape], each a function of that record alone; float32 [n, *feature_shape].
 
-    The norm of a record's features is constant, whatever its contrast, so that no setting depends on the data set.
+    A record's features have mean 0 and mean square 1 in each group of channels, whatever its contrast, so that no
+    setting depends on the data set.
     """
     if name == RAW:
         return raw
@@ -57,7 +56,7 @@ def features(name: str, raw: Tensor) -> Tensor:
     for start in range(0, len(raw), _PIECE):
         piece = scattering.scatter(raw[start : start + _PIECE])
         found[start : start + _PIECE] = F.group_norm(piece, _GROUPS * raw.shape[1], eps=1e-12)
-    return found.div_(math.sqrt(math.prod(shape)))
+    return found
 
 
 def applied(name: str, records: Records) -> Records:

@@ -87,6 +87,7 @@ class DescribeRequest:
     def __post_init__(self) -> None:
         steps = self.pretraining_steps + self.training_steps
         require(steps <= MOST_STEPS, "training-steps", f"a plan has at most {MOST_STEPS} steps, not {steps}")
+        _require_names(run=self.run, code=self.code, layout=self.layout)
         _require_buildable(self.model)
 
 
@@ -182,6 +183,7 @@ class TrainRequest:
         require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")
         require(self.clipping_norm > 0, "clipping-norm", f"must be positive, got {self.clipping_norm}")
         require(self.learning_rate > 0, "learning-rate", f"must be positive, got {self.learning_rate}")
+        _require_names(run=self.run, code=self.code, **{"mask-id": self.mask_id})
         _require_buildable(self.model)
         require_vector(self.weights, "weights")
         if self.gradient_mean is not None:
@@ -254,6 +256,13 @@ def require_vector(array: Array, name: str, length: int | None = None) -> None:
     )
     require(length is None or len(array) == length, name, f"must have {length} entries, got {len(array)}")
     require(bool(np.isfinite(array).all()), name, "must be finite everywhere")
+
+
+def _require_names(*, run: str, **texts: str) -> None:
+    """Check what a client writes into its ledger and its log, where people read it on a terminal."""
+    require(bool(_IDENTITY.fullmatch(run)), "run", f"is not an identity: {_shown(run)}")
+    for name, text in texts.items():
+        require(text == printable(text, _MOST_LETTERS), name, f"must be at most {_MOST_LETTERS} printable letters")
 
 
 def _require_buildable(model: ModelSpec) -> None:

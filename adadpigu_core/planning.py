@@ -3,13 +3,13 @@
 Clients, rounds, sampling and phase split hang together by one equation, epsilon(rounds, noise, sampling) = target. The
 functions here solve it for any one of them: ``plan_noise``, ``plan_epsilon``, ``most_rounds``, ``smallest_sampling``.
 
-Clients with the same budget share its accounting. If there are very many different budgets, noise comes in levels, each
-of them accounted for, and a client gets the least that meets its target: more than it needs and never less. Likewise
-epsilon is accounted for after some rounds only, if there are many, and stands for the rounds before too. So everything
-that is said was checked with PLD accounting and errs on the safe side.
+Clients with the same budget share its accounting. Where budgets are few, their noise is what the clients themselves
+will calibrate. Where that would take too long, noise comes in levels (``noise_levels``), each of them accounted for,
+and a client gets one that meets its target: at most about 1 % more noise than it needs, and never less. Epsilon on the
+way is a bound (``quick_accounting``); if there are many rounds it is known after some of them only, and stands for the
+rounds before too. So everything that is said errs on the safe side.
 """
 
-import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,25 +22,30 @@ from adadpigu_core.accounting import (
     Plan,
     PlanShape,
     calibrate,
-    epsilons,
+    check_target,
+    epsilon,
     fits,
     pretraining_rounds,
+    work,
 )
 from adadpigu_core.client_list import ClientEntry
 from adadpigu_core.exceptions import BudgetError, ConfigurationError
+from adadpigu_core.noise_levels import LEVEL, NoiseCurve, epsilons_after, level_plans, noise_curve
+from adadpigu_core.quick_accounting import quick_epsilon
 from adadpigu_core.weights import noise_of_mean, public_weight
 
 MOST_ROUNDS = 100_000
-# What keeps an answer within seconds: budgets that are calibrated one by one, levels of noise for more than those, and
-# epsilons on the way there for all of them.
-_MOST_BUDGETS = 16
-_NOISE_LEVELS = 48
-_LEVELS_OF_A_SEARCH = 8
+# What keeps an answer within seconds: budgets that are calibrated by dp_accounting, and the work of one look at all of
+# them; places in which the curve of noise over budgets is looked at; and epsilons on the way.
+_MOST_CALIBRATED = 16
+_MOST_WORK = 8e4
+_KNOTS = 16
+_KNOTS_OF_A_SEARCH = 5
 _MOST_EPSILONS = 480
-_FEWEST_POINTS = 10
-_MOST_TRIALS = 8
+_FEWEST_POINTS = 8
+_MOST_TRIALS = 16
 _SMALLEST_SAMPLING = 1e-6
-_NOISE_TOLERANCE = 0.02
+_NOISE_TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -141,37 +146,26 @@ def plan_noise(clients: Sequence[ClientEntry], terms: Terms) -> FederationPlan:
         BudgetError: If no amount of noise is enough for some client.
         ConfigurationError: For values out of range.
     """
-    return _noise_plan(clients, terms, _NOISE_LEVELS)
-
-
-def _noise_plan(
-    clients: Sequence[ClientEntry], terms: Terms, most_levels: int, *, points: bool = True
-) -> FederationPlan:
     budgets = sorted({client.target_epsilon for client in clients})
-    if len(budgets) <= _MOST_BUDGETS:
+    check_target(terms.shape, budgets[0], terms.target_delta, ())
+    curve = noise_curve(terms.shape, budgets, terms.target_delta, _KNOTS)
+    if not _in_levels(budgets, terms, curve):
         plans = {budget: calibrate(terms.shape, budget, terms.target_delta) for budget in budgets}
-        return _federation(clients, terms, [plans[client.target_epsilon] for client in clients], points=points)
-    levels = _levels(budgets, terms, most_levels)
-    at = _points(terms, len(levels)) if points else (terms.num_rounds,)
-    known = [(plan, _epsilons_at(at, plan, terms.target_delta)) for plan in levels]
-    spent = [epsilons[-1] for _, epsilons in known]  # ascending
-    made = []
-    for client in clients:
-        plan, epsilons = known[max(bisect.bisect_right(spent, client.target_epsilon) - 1, 0)]
-        made.append(ClientPlan(client, plan, epsilons))
+        return _federation(clients, terms, [plans[client.target_epsilon] for client in clients])
+    at = _points(terms, len(budgets))
+    found = level_plans(terms.shape, budgets, terms.target_delta, curve, at)
+    made = (
+        ClientPlan(client, found[client.target_epsilon][0], tuple(found[client.target_epsilon][1]))
+        for client in clients
+    )
     return FederationPlan(terms, at, tuple(made), in_levels=True)
 
 
-def _levels(budgets: Sequence[float], terms: Terms, most: int) -> list[Plan]:
-    """Plans from the noise of the smallest budget, which is calibrated, down to that of the largest."""
-    most = max(2 * most // (1 + len(terms.noise_schedule.stages(terms.num_rounds))), 4)
-    largest, smallest = (
-        calibrate(terms.shape, budget, terms.target_delta).training.noise_multiplier
-        for budget in (budgets[0], budgets[-1])
-    )
-    # the first is within every target, as calibration has checked
-    inner = [largest * (smallest / largest) ** (index / (most - 1)) for index in range(1, most)]
-    return [terms.shape.plan(noise) for noise in (largest, *inner)]
+def _in_levels(budgets: Sequence[float], terms: Terms, curve: NoiseCurve) -> bool:
+    """Whether there is no time to calibrate every budget as the clients will."""
+    if len(budgets) > _MOST_CALIBRATED:
+        return True
+    return sum(work(terms.shape.plan(curve.noise(budget)).events) for budget in budgets) > _MOST_WORK
 
 
 def plan_epsilon(clients: Sequence[ClientEntry], terms: Terms, noise_multiplier: float) -> FederationPlan:
@@ -190,14 +184,21 @@ def most_rounds(clients: Sequence[ClientEntry], terms: Terms, noise_multiplier: 
     _check_noise(noise_multiplier)
     target = min(client.target_epsilon for client in clients)
 
+    def events(num_rounds: int) -> tuple[Event, ...]:
+        return replace(terms, num_rounds=num_rounds).shape.plan(noise_multiplier).events
+
+    def surely(num_rounds: int) -> bool:
+        return quick_epsilon(events(num_rounds), terms.target_delta) <= target
+
     def affordable(num_rounds: int) -> bool:
-        events = replace(terms, num_rounds=num_rounds).shape.plan(noise_multiplier).events
-        return fits(events, target, terms.target_delta)
+        return fits(events(num_rounds), target, terms.target_delta)
 
     if not affordable(1):
         raise BudgetError(f"with noise multiplier {noise_multiplier:g} a single round exceeds epsilon {target:g}")
     most = MOST_ROUNDS // terms.local_steps
-    good = _last_true(affordable, 1, most)
+    # the quick bound is a little above what counts, so that a few more rounds may be affordable
+    good = _last_true(surely, 1, most)
+    good = _last_true(affordable, good if affordable(good) else 1, most, stride=max(1, good // 100))
     # phases are whole rounds, so that the cost of one more round is a little uneven
     while good < most and (affordable(good + 1) or affordable(min(good + 2, most))):
         good += 1 if affordable(good + 1) else 2
@@ -209,7 +210,7 @@ def smallest_sampling(
 ) -> FederationPlan:
     """Find the smallest sampling probability, and with it the smallest expected batches, that makes a noise small.
 
-    A closed form says how the noise moves with sampling; calibrated plans say how far it is off.
+    Quick bounds in a few places say which; the plan that is returned was accounted for like any other.
 
     Args:
         clients: Who takes part.
@@ -225,59 +226,82 @@ def smallest_sampling(
     """
     if not (math.isfinite(noise_ratio) and noise_ratio > 0):
         raise ConfigurationError(f"noise_ratio: must be positive and finite, got {noise_ratio}")
-    probability, correction = _sampling_guess(clients, terms, aggregation, noise_ratio), 1.0
-    best: FederationPlan | None = None
+    many = len({client.target_epsilon for client in clients}) > _MOST_CALIBRATED
+    wanted = noise_ratio * (1 - 2 * _NOISE_TOLERANCE) / (LEVEL if many else 1)
     for _ in range(_MOST_TRIALS):
-        at = replace(terms, sampling_probability=probability)
-        plan = _noise_plan(clients, at, _LEVELS_OF_A_SEARCH, points=False)
-        found = max(
-            noise_to_clipping(plan, aggregation, number) for number in (at.pretraining_rounds + 1, at.num_rounds)
-        )
+        probability = _sampling(clients, terms, aggregation, wanted, noise_ratio)
+        plan = plan_noise(clients, replace(terms, sampling_probability=probability))
+        found = _most_noise(plan, aggregation)
         if found <= noise_ratio:
-            best = plan if best is None or probability < best.terms.sampling_probability else best
-            if found >= noise_ratio * (1 - _NOISE_TOLERANCE) or probability <= _SMALLEST_SAMPLING:
-                break
-        elif probability == 1:
-            raise BudgetError(
-                f"with all records in every step the noise is {found:.4g} of the clipping norm, more than "
-                f"{noise_ratio:g}: allow more noise, plan fewer rounds or larger budgets, or find more clients"
-            )
-        correction = found / _noise_guess(clients, at, aggregation)
-        probability = _sampling_guess(
-            clients, terms, aggregation, noise_ratio * (1 - _NOISE_TOLERANCE / 2) / correction
-        )
-    if best is None:
-        raise BudgetError(f"no sampling probability was found at which the noise is {noise_ratio:g}")
-    return _noise_plan(clients, best.terms, _LEVELS_OF_A_SEARCH)
+            return plan
+        if probability == 1:
+            raise _too_noisy(found, noise_ratio)
+        wanted *= (noise_ratio / found) * (1 - _NOISE_TOLERANCE / 4)
+    raise BudgetError(f"no sampling probability was found at which the noise is {noise_ratio:g}")
 
 
-def _sampling_guess(clients: Sequence[ClientEntry], terms: Terms, aggregation: str, noise_ratio: float) -> float:
+def _too_noisy(found: float, noise_ratio: float) -> BudgetError:
+    return BudgetError(
+        f"with all records in every step the noise is {found:.4g} of the clipping norm, more than {noise_ratio:g}: "
+        "allow more noise, plan fewer rounds or larger budgets, or find more clients"
+    )
+
+
+def _sampling(
+    clients: Sequence[ClientEntry], terms: Terms, aggregation: str, wanted: float, noise_ratio: float
+) -> float:
+    """Guess the sampling probability at which the noise is a little less than what is wanted."""
+
+    def excess(log_sampling: float) -> float:
+        at = replace(terms, sampling_probability=math.exp(log_sampling))
+        return math.log(_most_noise(_guessed(clients, at), aggregation) / wanted)
+
     low, high = math.log(_SMALLEST_SAMPLING), 0.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        noise = _noise_guess(clients, replace(terms, sampling_probability=math.exp(middle)), aggregation)
-        low, high = (low, middle) if noise <= noise_ratio else (middle, high)
-    return 1.0 if high > -1e-6 else math.exp(high)
+    low_excess, high_excess = excess(low), excess(high)
+    if high_excess > 0:
+        if high_excess > 0.02:  # more than guesses are off by
+            raise _too_noisy(wanted * math.exp(high_excess), noise_ratio)
+        return 1.0
+    if low_excess <= 0:
+        return _SMALLEST_SAMPLING
+    return math.exp(_root(excess, (low, low_excess), (high, high_excess)))
 
 
-def _noise_guess(clients: Sequence[ClientEntry], terms: Terms, aggregation: str) -> float:
-    """Roughly the noise of the aggregate: as if losses were Gaussian, pretraining like training, and noise constant."""
-    steps, sampling = terms.num_rounds * terms.local_steps, terms.sampling_probability
-    log_delta = 2 * math.log(1 / terms.target_delta)
-    weights, noise_stddevs = [], []
-    for client in clients:
-        variance = (math.sqrt(log_delta + 2 * client.target_epsilon) - math.sqrt(log_delta)) ** 2 / steps
-        noise = 1 / math.sqrt(max(math.log1p(math.expm1(min(variance, 500)) / sampling**2), variance / sampling))
-        weights.append(
-            public_weight(
-                aggregation,
-                num_records=client.records,
-                noise_multiplier=noise,
-                sampling_probability=sampling,
-            )
-        )
-        noise_stddevs.append(noise / (sampling * client.records))
-    return noise_of_mean(weights, noise_stddevs)
+def _root(excess: Callable[[float], float], low: tuple[float, float], high: tuple[float, float]) -> float:
+    """Where a falling function is a little below 0, between a place where it is above and one where it is below.
+
+    By false position, with the value of an end that stays halved (the Illinois method).
+    """
+    sides: dict[bool, tuple[float, float]] = {True: low, False: high}  # above (True) or not
+    best, last_side = high, None
+    for _ in range(_MOST_TRIALS):
+        (x, above), (y, below) = sides[True], sides[False]
+        if best[1] >= -_NOISE_TOLERANCE or y - x < _NOISE_TOLERANCE:
+            break
+        place = x + (y - x) * (above + _NOISE_TOLERANCE / 2) / (above - below)
+        value = excess(place)
+        side = value > 0
+        best = best if side else (place, value)
+        if side == last_side:
+            other = sides[not side]
+            sides[not side] = (other[0], other[1] / 2)
+        sides[side], last_side = (place, value), side
+    return best[0]
+
+
+def _guessed(clients: Sequence[ClientEntry], terms: Terms) -> FederationPlan:
+    """A plan whose noise is a guess and whose epsilon nobody knows."""
+    budgets = [client.target_epsilon for client in clients]
+    curve = noise_curve(terms.shape, budgets, terms.target_delta, _KNOTS_OF_A_SEARCH)
+    plans = {budget: terms.shape.plan(curve.noise(budget)) for budget in set(budgets)}
+    made = (ClientPlan(client, plans[client.target_epsilon], (math.inf,)) for client in clients)
+    return FederationPlan(terms, (terms.num_rounds,), tuple(made))
+
+
+def _most_noise(plan: FederationPlan, aggregation: str) -> float:
+    """Noise of the noisiest training round, which is the first or the last."""
+    numbers = dict.fromkeys((plan.terms.pretraining_rounds + 1, plan.terms.num_rounds))
+    return max(noise_to_clipping(plan, aggregation, number) for number in numbers)
 
 
 def releases(plan: FederationPlan, aggregation: str, round_number: int) -> tuple[list[float], list[float]]:
@@ -310,11 +334,11 @@ def _check_noise(noise_multiplier: float) -> None:
         raise ConfigurationError(f"noise_multiplier: must be positive and finite, got {noise_multiplier}")
 
 
-def _last_true(holds: Callable[[int], bool], good: int, most: int) -> int:
-    """The last number up to which something holds, which holds for ``good``."""
-    bad = good * 2
+def _last_true(holds: Callable[[int], bool], good: int, most: int, *, stride: int = 1) -> int:
+    """The last number up to which something holds, which holds for ``good``; looks ahead by doubled strides."""
+    bad = good + stride
     while bad <= most and holds(bad):
-        good, bad = bad, bad * 2
+        good, bad, stride = bad, bad + 2 * stride, 2 * stride
     bad = min(bad, most + 1)
     while bad - good > 1:
         middle = (good + bad) // 2
@@ -322,14 +346,18 @@ def _last_true(holds: Callable[[int], bool], good: int, most: int) -> int:
     return good
 
 
-def _federation(
-    clients: Sequence[ClientEntry], terms: Terms, plans: Sequence[Plan], *, points: bool = True
-) -> FederationPlan:
+def _federation(clients: Sequence[ClientEntry], terms: Terms, plans: Sequence[Plan]) -> FederationPlan:
     different = dict.fromkeys(plans)
-    at = _points(terms, len(different)) if points else (terms.num_rounds,)
-    known = {plan: _epsilons_at(at, plan, terms.target_delta) for plan in different}
+    at = _points(terms, len(different))
+    known = {plan: _path(plan, at, terms.target_delta) for plan in different}
     made = (ClientPlan(client, plan, known[plan]) for client, plan in zip(clients, plans, strict=True))
     return FederationPlan(terms, at, tuple(made))
+
+
+def _path(plan: Plan, points: Sequence[int], delta: float) -> tuple[float, ...]:
+    """Epsilon on the way: bounds, none of them above the epsilon of the whole plan, which is accounted for."""
+    whole = epsilon(plan.events, delta)
+    return (*(min(bound, whole) for bound in epsilons_after(plan, points[:-1], delta)), whole)
 
 
 def _points(terms: Terms, num_plans: int) -> tuple[int, ...]:
@@ -339,20 +367,6 @@ def _points(terms: Terms, num_plans: int) -> tuple[int, ...]:
         return tuple(range(1, terms.num_rounds + 1))
     spread = {max(1, round(terms.num_rounds * part / wanted)) for part in range(1, wanted + 1)}
     return tuple(sorted(spread | {terms.pretraining_rounds or 1}))
-
-
-def _epsilons_at(points: Sequence[int], plan: Plan, delta: float) -> tuple[float, ...]:
-    events: list[Event] = []
-    ends: list[int] = []
-    for number, event in enumerate(plan.rounds, 1):
-        if events and (not ends or len(events) > ends[-1]) and replace(events[-1], count=event.count) == event:
-            events[-1] = replace(event, count=events[-1].count + event.count)
-        else:
-            events.append(event)
-        if len(ends) < len(points) and number == points[len(ends)]:
-            ends.append(len(events))
-    found = epsilons(events, delta)
-    return tuple(found[end - 1] for end in ends)
 
 
 __all__ = [

@@ -36,6 +36,8 @@ ROUNDING = 1e-16
 
 _MOST_BY_POWERS = 32
 
+_WORK_OF_A_KIND = 2e3
+
 # Beyond these the accounting is slow and the privacy void, so that epsilon counts as infinite: at delta 1e-5, a single
 # release at the least noise has epsilon 92 without sampling, and the largest variance of the loss means thousands.
 _LEAST_NOISE_MULTIPLIER = 0.1
@@ -91,6 +93,10 @@ class Event:
         renyi_divergence = math.log1p(self.sampling_probability**2 * math.expm1(inverse_square))
         return self.count * min(renyi_divergence, self.sampling_probability * inverse_square)
 
+    def largest_loss(self) -> float:
+        """Roughly the largest privacy loss of one release that has any probability to speak of."""
+        return 0.5 / self.noise_multiplier**2 + 10 / self.noise_multiplier + math.log(self.sampling_probability)
+
 
 def merge(events: Iterable[Event]) -> tuple[Event, ...]:
     """Add up the counts of equal events; the result does not depend on their order."""
@@ -99,6 +105,12 @@ def merge(events: Iterable[Event]) -> tuple[Event, ...]:
         key = (event.phase, event.noise_multiplier, event.sampling_probability)
         counts[key] = counts.get(key, 0) + event.count
     return tuple(sorted(Event(*key, count) for key, count in counts.items() if count))
+
+
+def work(events: Sequence[Event]) -> float:
+    """Roughly what ``epsilon`` costs, if nothing of it is known, in points of a loss's grid: some 10 us each."""
+    grid = _grid(events)
+    return sum(_WORK_OF_A_KIND + max(event.largest_loss() / grid, 0.0) for event in events)
 
 
 def epsilon(events: Iterable[Event], delta: float) -> float:
@@ -170,14 +182,14 @@ def _pld_epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> f
     if not events:
         return 0.0
     certain_delta = delta - ROUNDING * sum(event.count for event in events)
-    if certain_delta <= 0 or _is_void(events):
+    if certain_delta <= 0 or is_void(events):
         return math.inf
     grid = _grid(events)
     pieces = [_composed(*kind, grid) for kind in kinds]
     return _epsilon_of(reduce(lambda one, other: one.compose(other), pieces), certain_delta)
 
 
-def _is_void(events: Sequence[Event]) -> bool:
+def is_void(events: Sequence[Event]) -> bool:
     """Whether a composition protects so little, or is so long, that its epsilon counts as infinite."""
     if sum(event.count for event in events) > MOST_COMPOSED:
         return True
@@ -217,43 +229,24 @@ def _epsilon_of(losses: Any, delta: float) -> float:
         return float(losses.get_epsilon_for_delta(delta))
 
 
-def epsilons(events: Sequence[Event], delta: float) -> list[float]:
-    """Epsilon after the first of some events, after the first two, and so on, for little more than one ``epsilon``.
-
-    Args:
-        events: In the order of time.
-        delta: In (0, 1).
-
-    Returns:
-        As many numbers, none smaller than the one before and none too small. Those of beginnings that hardly cost
-        anything beside the whole are too large by more than those of ``epsilon``: one grid serves for all.
-    """
-    check_delta(delta, "delta")
-    certain_delta = delta - ROUNDING * sum(event.count for event in events)
-    if not any(event.count for event in events) or certain_delta <= 0 or _is_void(events):
-        return [epsilon(events[: i + 1], delta) for i in range(len(events))]
-    grid, found, losses = _grid(events), [0.0], None
-    for event in events:
-        if event.count:
-            piece = _composed(event.noise_multiplier, event.sampling_probability, event.count, grid)
-            losses = piece if losses is None else losses.compose(piece)
-        found.append(max(found[-1], _epsilon_of(losses, certain_delta)) if losses is not None else 0.0)
-    return found[1:]
-
-
 def _grid(events: Sequence[Event]) -> float:
+    return loss_grid(events, _OVERSTATEMENT, _MOST_POINTS)
+
+
+def loss_grid(events: Sequence[Event], overstatement: float, most_points: float) -> float:
     """Distance of the points to which privacy losses are rounded.
 
     Rounding to a grid of width h adds a variance of up to h^2 / 6 to each loss, and epsilon goes with the root of the
     total variance: with a mean variance of v, h^2 / (12 v) is the relative error of epsilon.
+
+    Args:
+        events: At least one.
+        overstatement: Relative error of epsilon that is wanted.
+        most_points: Of the loss of one step; matters more than the error.
     """
     total = sum(event.loss_variance() for event in events)
     mean = total / sum(event.count for event in events)
-    wanted = min(math.sqrt(12 * _OVERSTATEMENT * mean), _COARSEST_GRID)
-    largest_loss = max(
-        0.5 / event.noise_multiplier**2 + 10 / event.noise_multiplier + math.log(event.sampling_probability)
-        for event in events
-    )
-    grid = max(wanted, largest_loss / _MOST_POINTS, _FINEST_GRID)
+    wanted = min(math.sqrt(12 * overstatement * mean), _COARSEST_GRID)
+    grid = max(wanted, max(event.largest_loss() for event in events) / most_points, _FINEST_GRID)
     # from a fixed list, so that distributions are of use to more than one composition; rounded to the finer side
     return max(float(2.0 ** (math.floor(2 * math.log2(grid)) / 2)), _FINEST_GRID)

@@ -83,7 +83,7 @@ def _gaussian(height: int, width: int, stddev: float, slant: float, angle: float
 
 
 def _transformed(kernel: Tensor) -> Tensor:
-    return torch.fft.fft2(kernel).real
+    return torch.fft.fft2(kernel).real  # type: ignore[no-any-return]
 
 
 def scatter(images: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def scatter(images: Tensor) -> Tensor:
     """
     n, channels, height, width = images.shape
     flat = images.reshape(n * channels, height, width)
-    pieces = [_scatter(piece) for piece in flat.split(_BATCH)]
+    pieces = [_scatter(piece) for piece in torch.split(flat, _BATCH)]
     scattered = torch.cat(pieces) if pieces else flat.new_zeros(0, CHANNELS, height // STRIDE, width // STRIDE)
     return scattered.reshape(n, channels * CHANNELS, height // STRIDE, width // STRIDE)
 
@@ -117,7 +117,7 @@ def _every_other(spectrum: Tensor) -> Tensor:
     """Inverse transform of [..., h, w], sampled every 2 pixels, [..., h / 2, w / 2]: frequencies fold."""
     height, width = spectrum.shape[-2] // 2, spectrum.shape[-1] // 2
     rows = spectrum[..., :height, :] + spectrum[..., height:, :]
-    return torch.fft.ifft2((rows[..., :width] + rows[..., width:]) / 4)
+    return torch.fft.ifft2((rows[..., :width] + rows[..., width:]) / 4)  # type: ignore[no-any-return]
 
 
 def _smooth(maps: Tensor, sampled: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files of settings: nested TOML tables, which become flat dotted keys."""
+"""Files of settings: nested TOML tables, read as flat dotted keys. Whether the keys make sense is for others to say."""
 
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -7,10 +7,10 @@ from typing import Any
 
 from adadpigu_core.exceptions import ConfigurationError
 
-_Value = bool | int | float | str
+Value = bool | int | float | str
 
 
-def read_toml(path: Path) -> dict[str, _Value]:
+def read_toml(path: Path) -> dict[str, Value]:
     """Read a TOML file of nested tables into flat dotted keys.
 
     Raises:
@@ -24,7 +24,7 @@ def read_toml(path: Path) -> dict[str, _Value]:
         raise ConfigurationError(f"{path}: is not TOML ({error})") from error
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, _Value]]:
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

@@ -25,6 +25,7 @@ from adadpigu_core.accounting import Event, Plan
 from adadpigu_core.exceptions import ConfigurationError, PolicyError
 from adadpigu_core.ledger import Target
 from adadpigu_core.messages import MOST_STEPS
+from client.file_modes import open_to_others
 
 VERSION = 1
 ANY = "any"
@@ -204,6 +205,7 @@ def load(path: Path) -> Policy:
     try:
         with path.open("rb") as file:
             _check_mode(path, os.fstat(file.fileno()))
+            _check_folders(path)
             content = tomllib.loads(file.read().decode())
     except OSError as error:
         text = f"{path}: the policy of this node cannot be read ({error.strerror}); 'adadpigu policy init' writes one"
@@ -220,6 +222,13 @@ def load(path: Path) -> Policy:
 def _check_mode(path: Path, status: os.stat_result) -> None:
     if os.name == "posix" and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigurationError(f"{path}: others may write this policy; run chmod go-w on it", _PUBLIC)
+
+
+def _check_folders(path: Path) -> None:
+    place = open_to_others(path)
+    if place is not None:
+        text = f"{place}: others may write here, and so exchange the policy {path}; run chmod go-w on it"
+        raise ConfigurationError(text, _PUBLIC)
 
 
 def _problems(content: Mapping[str, Any]) -> list[str]:

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from adadpigu_core import datasets
 from adadpigu_core.configuration import DEVICES, ORACLE, Configuration, RuntimeSettings, Value, parse, run_folder
 from adadpigu_core.datasets import Records
-from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.exceptions import ConfigurationError, LedgerError
 from adadpigu_core.gradients import DEFAULTS, PRECISIONS, GradientOptions
 from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
+from client.file_modes import open_to_others
 from client.partitions import Deal, deal, listed_clients
 from client.policy import Limits, load
 
@@ -62,6 +63,7 @@ _MOVED = {
     "target-delta": "the budget of a data set stands in the node's policy, and nowhere else",
 }
 _SIMULATED = {"partition-id", "num-partitions"}
+_UNSEEDED = "unseeded"  # of a simulated node: its noise does not follow from the seed
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def site(node_config: Mapping[str, Value], run_config: Mapping[str, Value], flow
 
     Raises:
         ConfigurationError: If the node's configuration or its policy is incomplete or wrong.
+        LedgerError: If others may write the ledger.
         DataError: If the records cannot be read.
     """
     if is_simulated(node_config):
@@ -124,7 +127,8 @@ def site(node_config: Mapping[str, Value], run_config: Mapping[str, Value], flow
     if run_config.get("pretraining.ranking") == ORACLE:
         text = "pretraining.ranking: an oracle is for simulations; this client holds records of its own"
         raise ConfigurationError(text, text)
-    limits = load(Path(str(node_config["policy"])).expanduser()).of(data_set_name(node_config))
+    limits = owners_limits(node_config)
+    check_ledger_place(ledger_path(node_config))
     return _deployed(tuple(sorted(node_config.items())), limits)
 
 
@@ -136,7 +140,7 @@ def is_simulated(node_config: Mapping[str, Value]) -> bool:
     Ray job, but its process is not connected to Ray. Settings of both kinds make a deployed node that is refused.
     """
     if node_config.get("simulation") is True:
-        return set(node_config) == {*_SIMULATED, "simulation"}
+        return set(node_config) - {_UNSEEDED} == {*_SIMULATED, "simulation"}
     return set(node_config) == _SIMULATED and _in_ray_worker()
 
 
@@ -162,7 +166,7 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
     )
     # rows are keyed by the whole name, so that it does no harm if two names are cut to the same file
     stem = re.sub(r"[^a-z0-9-]+", "-", dataset.lower())[-100:]
-    seeded = node_config.get("simulation") is True
+    seeded = node_config.get("simulation") is True and not node_config.get(_UNSEEDED)
     return Site(
         name=entry.id if entry else f"client-{index}",
         records=records,
@@ -206,6 +210,31 @@ def data_set_name(node_config: Mapping[str, Value]) -> str:
     return str(node_config.get("data-set-name", node_config["dataset"]))
 
 
+def owners_limits(node_config: Mapping[str, Value]) -> Limits:
+    """What the owner of a node that has records allows: its policy, read anew.
+
+    Raises:
+        ConfigurationError: If the policy cannot be used, or does not name the data set.
+    """
+    return load(Path(str(node_config["policy"])).expanduser()).of(data_set_name(node_config))
+
+
+def ledger_path(node_config: Mapping[str, Value]) -> Path:
+    """Where a node that owns records keeps its ledger."""
+    return Path(str(node_config["ledger"])).expanduser()
+
+
+def check_ledger_place(path: Path) -> None:
+    """Refuse a ledger that others than its owner may write, or take away and so start afresh.
+
+    Raises:
+        LedgerError: Naming the file or the folder.
+    """
+    place = open_to_others(path)
+    if place is not None:
+        raise LedgerError(f"{place}: others may write here, and so exchange the ledger {path}; run chmod go-w on it")
+
+
 @lru_cache(maxsize=1)
 def _deployed(settings: tuple[tuple[str, Value], ...], limits: Limits) -> Site:
     node_config = dict(settings)
@@ -222,7 +251,7 @@ def _deployed(settings: tuple[tuple[str, Value], ...], limits: Limits) -> Site:
         records=records.to(device),
         content=records.fingerprint(),
         data_set=data_set_name(node_config),
-        ledger=Path(str(node_config["ledger"])).expanduser(),
+        ledger=ledger_path(node_config),
         limits=limits,
         num_records=int(node_config.get("num-records", len(records))),
         num_classes=None if classes is None else int(classes),

@@ -17,6 +17,7 @@ from adadpigu_core.front_ends import applied
 from adadpigu_core.models import ModelSpec, build, check_private, default_model
 from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.provenance import code_fingerprint
+from server.earlier_runs import known_charges
 from server.evaluation import evaluator
 from server.exchange import Wait, sleep
 from server.outcome import outcome
@@ -81,6 +82,7 @@ def run(
     check_private(model)
     state = ServerState.fresh(configuration, ParameterLayout.of(model))
     _restore(state, configuration, folder)
+    state.tally.remember(known_charges(folder.path))
     if oracle is not None and configuration.pretraining.ranking == ORACLE:
         state.importance.reveal(oracle(model, configuration))
     test = applied(spec.features, data.test)
@@ -119,6 +121,7 @@ def run(
         "seed": configuration.seed,
         "code": code_fingerprint(),
         "parameters": state.layout.num_parameters,
+        "learning_rate": state.learning_rate,
         "not_private": not_private(configuration),
         **_privacy(strategy),
     }

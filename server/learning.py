@@ -38,7 +38,7 @@ def learn(
         Whether the weights moved. Nothing is learnt from a step that leads beyond all numbers.
     """
     combined = aggregate(contributions)
-    steps, rate = configuration.federation.local_steps, configuration.optimiser.local_learning_rate
+    steps, rate = configuration.federation.local_steps, state.learning_rate
     gradient, noise_stddev = -combined.update / (rate * steps), combined.noise_stddev * scale
     update, shrinkage = combined.update, state.shrinkage
     if phase == TRAINING:

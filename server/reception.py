@@ -118,7 +118,7 @@ class Reception:
     def _largest_norm(self, phase: str, mask: Tensor, expected: Expected, noise_stddev: float) -> float:
         """Norm that an honest update can reach, under the server's statistics or under any that a client can have."""
         configuration, clipping = self.configuration, self.configuration.adaptive_clipping
-        steps, rate = configuration.federation.local_steps, configuration.optimiser.local_learning_rate
+        steps, rate = configuration.federation.local_steps, self.state.learning_rate
         scale, times = float(expected.standardisation.scale[mask].max()), 1
         if phase == TRAINING and clipping.owner == "client" and clipping.rule != "none":
             # a mean square of 1 over the retained coordinates allows no more; a mean is a mean of what was released

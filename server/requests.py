@@ -41,12 +41,14 @@ class RoundWork:
         phase: ``pretraining`` or ``training``.
         weights: Weights to start from, float32 [d].
         standardisation: Statistics of the round, if the server keeps them.
+        learning_rate: Of a client's private steps.
     """
 
     round: int
     phase: str
     weights: Tensor
     standardisation: Standardisation
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Requests:
             client_statistics=settings.owner == "client" and settings.rule != "none",
             clipping_norm=configuration.privacy.clipping_norm,
             steps=configuration.federation.local_steps,
-            learning_rate=configuration.optimiser.local_learning_rate,
+            learning_rate=work.learning_rate,
             importance_measure=measure if work.phase == PRETRAINING and measure != DRIFT else "",
             views=configuration.training.views,
             augmentation=configuration.training.augmentation,

@@ -41,6 +41,7 @@ class ServerState:
         bytes_up: Payload received.
         bytes_down: Payload sent.
         seconds: Time spent in rounds.
+        learning_rate: Of private steps; 0 until the plan has given it, if it is to.
         settings: Those that must stay the same for the whole run.
     """
 
@@ -55,6 +56,7 @@ class ServerState:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    learning_rate: float = 0.0
     settings: dict[str, Value] = field(default_factory=dict)
 
     @classmethod
@@ -76,6 +78,7 @@ class ServerState:
             statistics=RunningStatistics.neutral(configuration.adaptive_clipping.clipping, layout),
             shrinkage=Shrinkage.neutral(configuration.shrinkage.rule, configuration.shrinkage.granularity, layout),
             tally=Tally(),
+            learning_rate=configuration.optimiser.local_learning_rate,
             settings={
                 key: value for key, value in flatten(configuration).items() if not key.startswith(_FREE_TO_CHANGE)
             },
@@ -98,6 +101,7 @@ class ServerState:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": self.seconds,
+            "learning_rate": self.learning_rate,
         }
         return {name: tensor.numpy() for name, tensor in tensors.items()}, values
 
@@ -119,6 +123,7 @@ class ServerState:
         self.run, self.round = values["run"], values["round"]
         self.bytes_up, self.bytes_down = values["bytes_up"], values["bytes_down"]
         self.seconds = values["seconds"]
+        self.learning_rate = values.get("learning_rate", self.learning_rate)
 
     def _check(self, values: dict[str, Any]) -> None:
         known = values.get("settings", {})

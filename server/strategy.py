@@ -29,6 +29,7 @@ from server.aggregation import Contribution
 from server.cohort import Cohort
 from server.exchange import Exchange, Reply, Wait, request, sleep
 from server.learning import learn
+from server.learning_rate import automatic
 from server.reception import Expected, Reception
 from server.requests import Asked, Requests, RoundWork
 from server.round_report import RoundReport, ignore
@@ -114,6 +115,10 @@ class AdaDPIGU(Strategy):
             self.state.optimiser.reset(flatten(self._model))
         self.summary()
         self._gather(grid, timeout)
+        if self.state.learning_rate == 0:
+            described = [member.description for member in self.cohort.present]
+            self.state.learning_rate = automatic(self._configuration, described, self.state.layout.num_parameters)
+            log.info("the plan gives a learning rate of %.4g", self.state.learning_rate)
         result = Result()
         if self.state.round == 0:
             self._evaluate(0, evaluate_fn, result)
@@ -152,7 +157,7 @@ class AdaDPIGU(Strategy):
         union = reduce(torch.logical_or, (each.mask for each in asked.values())) if asked else everything
         standardisation = self._standardise(union, phase)
         self._expected = Expected(server_round, {}, standardisation)
-        work = RoundWork(server_round, phase, self.state.optimiser.weights, standardisation)
+        work = RoundWork(server_round, phase, self.state.optimiser.weights, standardisation, self.state.learning_rate)
         contents: dict[tuple[str, bool], tuple[TrainRequest, RecordDict]] = {}
         messages = []
         for member in self.cohort.present:

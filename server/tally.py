@@ -9,7 +9,7 @@ from its own client: who that is, is for the caller to know. The tally watches; 
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -134,12 +134,18 @@ class Tally:
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
+        self._earlier: Mapping[str, Iterable[Event]] = {}
+
+    def remember(self, earlier: Mapping[str, Iterable[Event]]) -> None:
+        """Take in what earlier runs have seen of data sets, for when one of them takes part in this one."""
+        self._earlier = earlier
 
     def open(self, description: Description) -> Account:
         """Open the account of a client that takes part, or go on with it under what it says of itself now."""
         facts = {name: getattr(description, name) for name in ("name", "num_records", "target_epsilon", "target_delta")}
         account = self._accounts.setdefault(description.data_set, Account(description.data_set, **facts))
         vars(account).update(facts)
+        account.claim(self._earlier.get(description.data_set, ()), fresh=False)
         account.claim(description.spent)
         return account
 

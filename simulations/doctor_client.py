@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,10 +12,9 @@ from adadpigu_core.accounting import epsilon
 from adadpigu_core.configuration import Value
 from adadpigu_core.ledger_history import read
 from adadpigu_core.provenance import code_fingerprint
-from client import policy
-from client.site import check_node, data_set_name
+from client.site import check_ledger_place, check_node, data_set_name, ledger_path, owners_limits
 from simulations import doctor_common as common
-from simulations.findings import FAULT, GOOD, NOTE, WARNING, Check, Finding
+from simulations.findings import FAULT, GOOD, NOTE, WARNING, Check, Finding, if_given
 
 _LARGEST_DELTA_TIMES_RECORDS = 0.1
 
@@ -38,21 +38,16 @@ class ClientFiles:
 
 def checks(files: ClientFiles) -> Iterator[tuple[str, Check]]:
     """Everything that can be checked with what is given."""
+    config = files.node_config
     yield "versions", common.software
-    yield "node config", lambda: _configuration(files.node_config)
-    yield "policy", lambda: _policy(files.node_config)
-    yield "records", lambda: _records(files.node_config)
-    yield "ledger", lambda: _ledger(files.node_config)
+    yield "node config", partial(_configuration, config)
+    yield "policy", partial(_policy, config)
+    yield "records", partial(_records, config)
+    yield "ledger", partial(_ledger, config)
     yield "GPU", common.accelerator
-    if files.key is not None:
-        key = files.key
-        yield "node key", lambda: common.private_file(key, "node key")
-    if files.authority is not None:
-        authority = files.authority
-        yield "authority", lambda: common.certificate(authority, "authority")
-    if files.superlink is not None:
-        address = files.superlink
-        yield "superlink", lambda: common.reach(address, files.authority)
+    yield from if_given("node key", files.key, partial(common.private_file, subject="node key"))
+    yield from if_given("authority", files.authority, partial(common.certificate, subject="authority"))
+    yield from if_given("superlink", files.superlink, partial(common.reach, authority=files.authority))
 
 
 def _configuration(node_config: Mapping[str, Value]) -> Iterator[Finding]:
@@ -64,10 +59,9 @@ def _configuration(node_config: Mapping[str, Value]) -> Iterator[Finding]:
 
 
 def _policy(node_config: Mapping[str, Value]) -> Iterator[Finding]:
-    path = Path(str(node_config["policy"])).expanduser()
-    limits = policy.load(path).of(data_set_name(node_config))
+    limits = owners_limits(node_config)
     budget = f"epsilon {limits.target.epsilon:g} at delta {limits.target.delta:g}"
-    yield Finding(GOOD, "policy", f"{path}: allows {budget}, over all time")
+    yield Finding(GOOD, "policy", f"{node_config['policy']}: allows {budget}, over all time")
     own = code_fingerprint()
     if limits.code is not None and own not in limits.code:
         yield Finding(FAULT, "policy", f"does not list the code installed here, {own}", "add it to allowed.code")
@@ -82,14 +76,15 @@ def _records(node_config: Mapping[str, Value]) -> Iterator[Finding]:
     datasets.check_records(records, input_shape=shape, num_classes=classes)
     present = len(torch.unique(records.labels))
     yield Finding(GOOD, "records", f"{len(records)} records of shape {shape}, {present} of {classes} classes")
-    delta = policy.load(Path(str(node_config["policy"])).expanduser()).of(data_set_name(node_config)).target.delta
+    delta = owners_limits(node_config).target.delta
     if delta * len(records) > _LARGEST_DELTA_TIMES_RECORDS:
         text = f"delta {delta:g} is large for {len(records)} records"
         yield Finding(WARNING, "records", text, "choose a delta well below one over the number of records")
 
 
 def _ledger(node_config: Mapping[str, Value]) -> Iterator[Finding]:
-    path = Path(str(node_config["ledger"])).expanduser()
+    path = ledger_path(node_config)
+    check_ledger_place(path)
     yield from common.writable_folder(path.parent, "ledger")
     marker = path.with_name(path.name + ".known")
     if not path.exists() and not marker.exists():
@@ -97,7 +92,7 @@ def _ledger(node_config: Mapping[str, Value]) -> Iterator[Finding]:
         return
     histories = read(path)
     yield from common.private_file(path, "ledger")
-    limits = policy.load(Path(str(node_config["policy"])).expanduser()).of(data_set_name(node_config))
+    limits = owners_limits(node_config)
     for history in histories:
         for problem in history.problems():
             yield Finding(WARNING, "ledger", f"{history.name}: {problem}", "see 'adadpigu ledger verify'")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
@@ -13,7 +14,7 @@ from adadpigu_core.models import build, check_private, fingerprint
 from adadpigu_core.settings_file import read_toml
 from server.app import model_spec
 from simulations import doctor_common as common
-from simulations.findings import FAULT, GOOD, NOTE, WARNING, Check, Finding
+from simulations.findings import FAULT, GOOD, NOTE, WARNING, Check, Finding, if_given
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,10 @@ class ServerFiles:
 def checks(files: ServerFiles) -> Iterator[tuple[str, Check]]:
     """Everything that can be checked with what is given."""
     yield "versions", common.software
-    yield "settings", lambda: _settings(files.config)
-    if files.key is not None:
-        key = files.key
-        yield "server key", lambda: common.private_file(key, "server key")
-    if files.authority is not None:
-        authority = files.authority
-        yield "authority", lambda: common.certificate(authority, "authority")
-    if files.certificate is not None:
-        certificate = files.certificate
-        yield "certificate", lambda: _certificate(certificate, files)
+    yield "settings", partial(_settings, files.config)
+    yield from if_given("server key", files.key, partial(common.private_file, subject="server key"))
+    yield from if_given("authority", files.authority, partial(common.certificate, subject="authority"))
+    yield from if_given("certificate", files.certificate, partial(_certificate, files=files))
     if files.certificate is None or files.key is None or files.authority is None:
         yield "certificate", _no_tls
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from adadpigu_core.exceptions import AdaDPIGUError
 
@@ -27,6 +29,13 @@ class Finding:
 
 
 Check = Callable[[], Iterable[Finding]]
+T = TypeVar("T")
+
+
+def if_given(subject: str, value: T | None, check: Callable[[T], Iterable[Finding]]) -> Iterator[tuple[str, Check]]:
+    """Make a check of something that may not have been named."""
+    if value is not None:
+        yield subject, partial(check, value)
 
 
 def examine(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from simulations.failure import failed
 
 _HELP = """Start a Flower SuperNode that runs the client installed here, and no code that a server sends.
 
-All options are those of [bold]flower-supernode[/bold]:
+All options are those of [bold]flower-supernode[/bold], but for --isolation: whoever answers must be started from here.
 
   adadpigu supernode --superlink HOST:PORT --root-certificates ca.crt --auth-supernode-private-key node.key \\
       --node-config 'dataset="npz:/data/site.npz" ledger="/var/lib/adadpigu/ledger.sqlite" \\
@@ -43,7 +43,9 @@ def supernode(context: typer.Context) -> None:
         subprocess.Popen(
             [sys.executable, "-P", "-m", "client.warm", str(os.getpid())], env=warm, stdin=subprocess.DEVNULL
         )
+    # the last one counts; with "process", clients would be started elsewhere, by programs that run any bundle
+    command = ["flower-supernode", *context.args, "--isolation", "subprocess"]
     try:
-        os.execvpe("flower-supernode", ["flower-supernode", *context.args], inner)  # noqa: S606, S607 - PATH is ours
+        os.execvpe(command[0], command, inner)  # noqa: S606 - PATH is ours
     except FileNotFoundError as error:
         raise failed(ConfigurationError(f"flower-supernode is not installed beside {sys.executable}")) from error

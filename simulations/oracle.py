@@ -12,12 +12,25 @@ from torch import Tensor, nn
 from adadpigu_core import datasets
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
+from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.front_ends import applied
 from adadpigu_core.gradients import clipped_sum, cross_entropy
 from adadpigu_core.importance import DRIFT, importance_of
 from adadpigu_core.parameters import assign, flatten
 
-_STEPS = 15
+_STEPS, _RATE = 15, 0.1
+
+
+def require_rate(configuration: Configuration) -> None:
+    """Refuse a rate that is still to follow from what clients declare.
+
+    Raises:
+        ConfigurationError: If there is no rate.
+    """
+    if configuration.optimiser.local_learning_rate == 0:
+        raise ConfigurationError(
+            "optimiser.local-learning-rate: 0 follows from what clients declare, and here are none; set a rate"
+        )
 
 
 def oracle_scores(model: nn.Module, configuration: Configuration) -> Tensor:
@@ -29,11 +42,16 @@ def oracle_scores(model: nn.Module, configuration: Configuration) -> Tensor:
 
     Returns:
         Scores, float64 [d]. Not private.
+
+    Raises:
+        ConfigurationError: If the rate is to follow from the plan, which is not known here.
     """
+    require_rate(configuration)
     data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     records = applied(configuration.task.features, data.train)
     optimiser, measure = configuration.optimiser, configuration.pretraining.measure
-    rate = optimiser.local_learning_rate * optimiser.server_learning_rate
+    # a rate that is left to the plan is not known before clients have described themselves
+    rate = (optimiser.local_learning_rate or _RATE) * optimiser.server_learning_rate
     start = flatten(model)
     weights, velocity = start.clone(), torch.zeros_like(start)
     scores = torch.zeros(len(start), dtype=torch.float64)

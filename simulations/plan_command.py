@@ -82,6 +82,7 @@ def plan(
     from adadpigu_core.accounting import NoiseSchedule
     from adadpigu_core.planning import Terms
     from simulations.plan_report import draw, show, to_json
+    from simulations.status import working
 
     console = Console()
     try:
@@ -96,7 +97,7 @@ def plan(
             target_delta,
         )
         entries = _entries(clients, client or [], (num_clients, records, target_epsilon))
-        with console.status(f"Accounting for {len(entries)} clients"):  # nothing, unless on a terminal
+        with working(f"Accounting for {len(entries)} clients"):
             answer = _answer(solve, _Question(entries, terms, aggregation, noise_multiplier, noise_ratio))
         show(console, answer, solve, aggregation, parameters)
         if json_file is not None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from adadpigu_core.accounting import Plan
 from adadpigu_core.planning import ClientPlan, FederationPlan, noise_to_clipping, releases
 from adadpigu_core.weights import marginal_values
+from simulations.rounding import up
 
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _MOST_ROWS = 20
@@ -40,7 +41,7 @@ def to_json(plan: FederationPlan, solved: str, aggregation: str, num_parameters:
 
 
 def _client(one: ClientPlan, share: float, value: float) -> dict[str, Any]:
-    rounds = one.plan.rounds
+    events = one.plan.events
     return {
         "id": one.client.id,
         "records": one.client.records,
@@ -48,11 +49,11 @@ def _client(one: ClientPlan, share: float, value: float) -> dict[str, Any]:
         "expected_batch_size": one.plan.training.sampling_probability * one.client.records,
         "pretraining_noise_multiplier": one.plan.pretraining.noise_multiplier if one.plan.pretraining.count else None,
         "training_noise_multiplier": one.plan.training.noise_multiplier,
-        "final_noise_multiplier": rounds[-1].noise_multiplier,
+        "final_noise_multiplier": events[-1].noise_multiplier,
         "epsilon": _finite(one.epsilon),
         "epsilons": [_finite(value) for value in one.epsilons],
-        "releases": len(rounds),
-        "private_steps": sum(event.count for event in rounds),
+        "releases": sum(event.count for event in events) // one.plan.steps_per_round,
+        "private_steps": sum(event.count for event in events),
         "weight_share": share,
         "marginal_value": _finite(value),
     }
@@ -112,8 +113,8 @@ def show(console: Console, plan: FederationPlan, solved: str, aggregation: str, 
         console.print(f"{more} more clients are in the file that --json writes.", highlight=False)
     if plan.in_levels:
         console.print(
-            "There are so many different budgets that noise is given in levels, to answer soon: clients that calibrate "
-            "their own noise get along with a little less.",
+            "To answer soon, noise is given in levels and by bounds: clients that calibrate their own noise get along "
+            "with a little less, at most about 1 %.",
             highlight=False,
             soft_wrap=True,
         )
@@ -127,11 +128,15 @@ def _headline(plan: FederationPlan, solved: str) -> str:
     batches = [terms.sampling_probability * one.client.records for one in plan.clients]
     sampling = f"sampling probability {terms.sampling_probability:.4g}"
     return {
-        "noise": f"Noise multipliers of training: {_range(noise)}.",
-        "epsilon": f"Every client spends epsilon {spent:.4g}.",
-        "rounds": f"All clients can afford {terms.num_rounds} rounds with noise multiplier {noise[0]:.4g}.",
+        "noise": f"Noise multipliers of training: {_noises(noise)}.",
+        "epsilon": f"Every client spends epsilon {up(spent, 4)}.",
+        "rounds": f"All clients can afford {terms.num_rounds} rounds with noise multiplier {noise[0]:g}.",
         "batch": f"Expected batches of {_range(batches)} records: {sampling}.",
     }[solved]
+
+
+def _noises(values: list[float]) -> str:
+    return " to ".join(dict.fromkeys(up(value, 4) for value in (min(values), max(values))))
 
 
 def _range(values: list[float]) -> str:
@@ -145,13 +150,13 @@ def _clients_table(plan: FederationPlan, aggregation: str) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     shares, values = _shares(plan, aggregation), _values(plan, aggregation)
     for one, share, value in list(zip(plan.clients, shares, values, strict=True))[:_MOST_ROWS]:
-        rounds = one.plan.rounds
+        steps = sum(event.count for event in one.plan.events)
         table.add_row(
             one.client.id,
             str(one.client.records),
             _noise_text(one.plan),
-            f"{one.epsilon:.3f} of {one.client.target_epsilon:g}",
-            str(len(rounds)),
+            f"{up(one.epsilon, 3)} of {one.client.target_epsilon:g}",
+            str(steps // one.plan.steps_per_round),
             f"{share:.1%}",
             f"{value:+.2%}" if math.isfinite(value) else "all",
         )
@@ -159,9 +164,9 @@ def _clients_table(plan: FederationPlan, aggregation: str) -> Table:
 
 
 def _noise_text(plan: Plan) -> str:
-    training = (plan.training.noise_multiplier, plan.rounds[-1].noise_multiplier)
-    pretraining = [f"{plan.pretraining.noise_multiplier:.3f}"] if plan.pretraining.count else []
-    text = " to ".join(dict.fromkeys(f"{noise:.3f}" for noise in training))
+    training = (plan.training.noise_multiplier, plan.events[-1].noise_multiplier)
+    pretraining = [up(plan.pretraining.noise_multiplier, 3)] if plan.pretraining.count else []
+    text = " to ".join(dict.fromkeys(up(noise, 3) for noise in training))
     return " / ".join(dict.fromkeys([*pretraining, text]))
 
 
@@ -181,7 +186,7 @@ def _epsilon_table(plan: FederationPlan) -> Table:
         table.add_column(one.client.id, justify="right", overflow="fold")
     shown = sorted({round(part * (len(plan.points) - 1) / 9) for part in range(10)})
     for index in shown:
-        table.add_row(str(plan.points[index]), *(f"{one.epsilons[index]:.3f}" for one in few))
+        table.add_row(str(plan.points[index]), *(up(one.epsilons[index], 3) for one in few))
     return table
 
 
@@ -215,7 +220,7 @@ def draw(plan: FederationPlan, path: Path) -> None:
     for index, (epsilons, names) in enumerate(sorted(lines.items(), key=lambda item: -item[0][-1])):
         label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         style = styles[index % len(styles)]
-        axes.plot((0, *plan.points), (0.0, *epsilons), style, linewidth=1.4, drawstyle="steps-mid", label=label)
+        axes.plot((0, *plan.points), (0.0, *epsilons), style, linewidth=1.4, drawstyle="steps-pre", label=label)
     axes.set_xlabel("round")
     axes.set_ylabel(f"epsilon at delta {plan.terms.target_delta:g}")
     axes.set_ylim(bottom=0)

@@ -37,7 +37,7 @@ from server.evaluation import evaluator
 from server.learning import learn
 from server.schedule import EVERYONE, Schedule
 from server.state import ServerState
-from simulations.oracle import oracle_scores
+from simulations.oracle import oracle_scores, require_rate
 
 _BYTES = 4  # of a coordinate
 
@@ -80,6 +80,7 @@ def run(configuration: Configuration) -> dict[str, Any]:
         ConfigurationError: If clients are not equal, or the settings need messages.
     """
     _check(configuration)
+    require_rate(configuration)
     data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     pool = _pool(configuration, data)
     spec = model_spec(configuration, data)
@@ -143,6 +144,7 @@ def _check(configuration: Configuration) -> None:
     for key, ok, remedy in (
         ("federation.local-steps", configuration.federation.local_steps == 1, "1"),
         ("pretraining.measure", not learnt or pretraining.measure == DRIFT, DRIFT),
+        ("optimiser.local-learning-rate", configuration.optimiser.local_learning_rate > 0, "above 0"),
         ("pretraining.ranking", pretraining.ranking != "local", "consensus"),
         ("adaptive-clipping.owner", clipping.rule == "none" or clipping.owner == "server", "server"),
     ):

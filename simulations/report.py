@@ -20,7 +20,8 @@ from adadpigu_core.accounting import Event, epsilon
 from adadpigu_core.configuration import ORACLE
 from adadpigu_core.exceptions import ConfigurationError
 from server.run_folder import CONFIGURATION, METRICS, PRIVACY, RESULT
-from simulations.svg_charts import Chart, Line
+from simulations.rounding import up
+from simulations.svg_charts import Chart, Line, merged
 
 log = logging.getLogger("adadpigu.simulations")
 
@@ -240,14 +241,14 @@ def _line(run: RunFiles, key: str, name: str = "") -> Line:
 
 
 def _each(run: RunFiles, key: str) -> tuple[Line, ...]:
-    """A line for each entry of a metric that has several."""
+    """A line for each entry of a metric that has several; entries that are alike share one."""
     names = dict.fromkeys(name for line in run.metrics for name in line.get(key, {}))
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for line in run.metrics:
         for name, value in line.get(key, {}).items():
             if value is not None:
                 found[name].append((line["round"], value))
-    return tuple(Line(name, tuple(points)) for name, points in found.items())
+    return merged(Line(name, tuple(points)) for name, points in found.items())
 
 
 def _bytes(run: RunFiles) -> tuple[Line, ...]:
@@ -339,4 +340,5 @@ def _infinite(value: float | None) -> float:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "unbounded" if value is None or math.isinf(value) else f"{value:.{digits}f}"
+    """Write an epsilon."""
+    return "unbounded" if value is None or math.isinf(value) else up(value, digits)

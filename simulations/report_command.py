@@ -32,11 +32,13 @@ def report(
 ) -> None:
     """Write a report of runs."""
     from simulations.report import FILE, write_report
+    from simulations.status import working
 
     target = output or (runs[0] / FILE if len(runs) == 1 else Path(FILE))
     try:
-        while not write_report(runs, target) and watch:
-            time.sleep(_SECONDS_BETWEEN)
+        with working(f"{'Watching' if watch else 'Reading'} {len(runs)} run(s)"):
+            while not write_report(runs, target) and watch:
+                time.sleep(_SECONDS_BETWEEN)
     except AdaDPIGUError as error:
         message = Console(stderr=True)
         message.print("[red]Error:[/red]", end=" ")

@@ -42,11 +42,17 @@ class RandomTrials:
         if not 1 < self.mean <= 10_000:
             raise ConfigurationError(f"--trials: the mean must be above 1 and at most 10000, got {self.mean}")
 
-    def epsilon(self, events: Sequence[Event], delta: float) -> float:
-        """Epsilon of the whole search, if every trial has these events, by Renyi accounting."""
-        once = dp_accounting.ComposedDpEvent([event.dp_event() for event in events])
+    def epsilon(self, searches: Sequence[Sequence[Event]], delta: float) -> float:
+        """Epsilon of one or more searches together, by Renyi accounting.
+
+        Args:
+            searches: For each of them the events of every trial.
+            delta: Of all of them together. (Each at this delta, and epsilons added up, would be another guarantee.)
+        """
         accountant = rdp.RdpAccountant(_ORDERS)
-        accountant.compose(dp_event.RepeatAndSelectDpEvent(once, self.mean, DISTRIBUTIONS[self.distribution]))
+        for events in searches:
+            once = dp_accounting.ComposedDpEvent([event.dp_event() for event in events])
+            accountant.compose(dp_event.RepeatAndSelectDpEvent(once, self.mean, DISTRIBUTIONS[self.distribution]))
         return float(accountant.get_epsilon(delta))
 
     def draw(self, randomness: Randomness) -> int:

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,7 +105,9 @@ def resume(path: Path) -> Simulation:
     return Simulation(configuration, folder, records, done)
 
 
-def simulate(simulation: Simulation, engine: str, show: Show, ray_address: str | None = None) -> dict[str, Any]:
+def simulate(
+    simulation: Simulation, engine: str, show: Show, ray_address: str | None = None, *, secret_noise: bool = False
+) -> dict[str, Any]:
     """Run it and give what stands in ``result.json``.
 
     Args:
@@ -114,6 +115,8 @@ def simulate(simulation: Simulation, engine: str, show: Show, ray_address: str |
         engine: ``in-process`` or ``flower``.
         show: Given the line of metrics of every round.
         ray_address: For ``flower``: a Ray cluster that runs already; else a new one is started.
+        secret_noise: For ``in-process``: sample and noise by secret randomness, which no seed repeats. (Those of
+            ``flower`` are always secret.)
 
     Raises:
         AdaDPIGUError: If the run failed.
@@ -121,8 +124,9 @@ def simulate(simulation: Simulation, engine: str, show: Show, ray_address: str |
     check_oracle(simulation.configuration, available=engine == "in-process")
     watchers = _Watchers(simulation, show)
     try:
-        run = _in_process if engine == "in-process" else partial(_through_flower, ray_address=ray_address)
-        return run(simulation, watchers.see)
+        if engine == "in-process":
+            return _in_process(simulation, watchers.see, secret_noise=secret_noise)
+        return _through_flower(simulation, watchers.see, ray_address)
     finally:
         watchers.finish()
 
@@ -148,11 +152,12 @@ class _Watchers:
             self._log.close()
 
 
-def _in_process(simulation: Simulation, see: Show) -> dict[str, Any]:
+def _in_process(simulation: Simulation, see: Show, *, secret_noise: bool) -> dict[str, Any]:
     configuration = simulation.configuration
     num_clients = configuration.federation.num_clients
+    kind: dict[str, Value] = {"simulation": True, "unseeded": True} if secret_noise else {"simulation": True}
     nodes: list[dict[str, Value]] = [
-        {"partition-id": index, "num-partitions": num_clients, "simulation": True} for index in range(num_clients)
+        {"partition-id": index, "num-partitions": num_clients, **kind} for index in range(num_clients)
     ]
     workers = configuration.runtime.workers or min(os.cpu_count() or 1, num_clients)
 

@@ -5,16 +5,17 @@ and name as well as by colour, and takes its colours from the page, so that it f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT = 480, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 16, 12, 46
 # as many as lines, so that each has its own without its colour
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "4 2 1 2", "1 5", "10 2 2 2 2 2", "18 6", "5 6")
 _MOST_LINES = 10
 _MOST_POINTS = 400
+_MOST_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,26 @@ class Line:
     Args:
         name: For the legend.
         points: (x, y), finite.
+        marked: Whether every point has a mark; one that is alone always has.
+        joined: Whether there is a line from point to point.
     """
 
     name: str
     points: tuple[tuple[float, float], ...]
+    marked: bool = False
+    joined: bool = True
+
+
+def merged(lines: Iterable[Line]) -> tuple[Line, ...]:
+    """Lines of which none hides another: those with the same points become one, under all their names."""
+    alike: dict[tuple[tuple[float, float], ...], list[str]] = {}
+    for line in lines:
+        alike.setdefault(line.points, []).append(line.name)
+    return tuple(Line(_together(names), points) for points, names in alike.items())
+
+
+def _together(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= _MOST_NAMES else f"{names[0]} and {len(names) - 1} alike"
 
 
 @dataclass(frozen=True)
@@ -85,10 +102,7 @@ class Chart:
         scale = _Scale.around([point for line in self.drawn for point in line.points])
         body = [*_grid(scale, self.x_label, self.y_label)]
         for index, line in enumerate(self.drawn):
-            body.append(
-                f'<polyline class="line c{index % 6}" stroke-dasharray="{_DASHES[index % len(_DASHES)]}" '
-                f'points="{scale.path(line.points)}"/>'
-            )
+            body += _drawn(line, index, scale)
         return head + "".join(body) + "</svg>"
 
     def legend(self) -> list[tuple[str, str]]:
@@ -130,6 +144,18 @@ class _Scale:
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in kept)
 
 
+def _drawn(line: Line, index: int, scale: _Scale) -> list[str]:
+    parts = []
+    if line.joined:
+        parts.append(
+            f'<polyline class="line c{index % 6}" stroke-dasharray="{_DASHES[index % len(_DASHES)]}" '
+            f'points="{scale.path(line.points)}"/>'
+        )
+    for x, y in line.points if line.marked or len(line.points) == 1 else ():
+        parts.append(f'<circle class="c{index % 6}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="3"/>')
+    return parts
+
+
 def _ticks(low: float, high: float) -> tuple[float, ...]:
     """Round numbers from at or below one end to at or above the other, four to eight of them."""
     span = high - low if high > low else max(abs(high), 1.0)
@@ -149,10 +175,10 @@ def _grid(scale: _Scale, x_label: str, y_label: str) -> list[str]:
     for tick in scale.x_ticks:
         x = scale.x(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="middle" x="{x:.1f}" y="{bottom + 16}">{tick:g}</text>')
+        parts.append(f'<text class="middle" x="{x:.1f}" y="{bottom + 18}">{tick:g}</text>')
     middle = (_TOP + bottom) / 2
     parts.append(f'<text class="middle" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 6}">{escape(x_label)}</text>')
     parts.append(
-        f'<text class="middle" transform="rotate(-90 12 {middle})" x="12" y="{middle}">{escape(y_label)}</text>'
+        f'<text class="middle" transform="rotate(-90 15 {middle})" x="15" y="{middle}">{escape(y_label)}</text>'
     )
     return parts

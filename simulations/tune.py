@@ -4,7 +4,11 @@ On public or synthetic data a search is free: it may learn from its trials and s
 is not, see ``selection_cost``: trials are drawn blindly, none is stopped, their number is random, and only the best of
 each budget is shown or kept.
 
-Left out: charging a search to lasting ledgers. They compose trials one after the other, which would be paid for twice.
+Left out: charging a search to lasting ledgers. What a ledger holds are Poisson-sampled Gaussian releases, composed by
+their losses. A selection among a random number of runs is no composition of such, and only its Renyi divergence is
+known: there are no events that a ledger could add up, and whose epsilon everybody could recompute, that stand for it.
+So a search with lasting ledgers is refused, and what a private search spent is taken off the budgets by hand, see
+docs/sharp-edges.md.
 """
 
 import json
@@ -12,14 +16,14 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from adadpigu_core.accounting import calibrate
+from adadpigu_core.accounting import Event, calibrate
 from adadpigu_core.configuration import Value, parse, to_toml
 from adadpigu_core.datasets import NPZ_PREFIX
 from adadpigu_core.exceptions import ConfigurationError
@@ -34,6 +38,12 @@ Watch = Callable[[int, int], AbstractContextManager[Progressing]]
 _STORAGE, _SEARCH, _OVER = "study.db", "search.json", "over"
 _WARM_UP_SHARE = 0.2  # of the rounds, in which no trial is stopped
 _FAILURES = 3
+_FAILED = -1.0  # the accuracy of a private trial that failed: below every other, so that it is never the best
+_NO_LEDGERS = {
+    False: "trials have ledgers of their own, and are not charged to lasting ones",
+    True: "a ledger composes Gaussian releases and cannot hold a selection, and trials one by one would cost more than "
+    "the search does; its cost is shown: take it off the budgets of these data before it starts",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def check(search: Search, data: str) -> None:
             "--data: say whether these arrays are public or private; on private data a search costs privacy"
         )
     if configuration.privacy.ledger_dir:
-        raise ConfigurationError("privacy.ledger-dir: trials have ledgers of their own; leave it out of a search")
+        raise ConfigurationError(f"privacy.ledger-dir: {_NO_LEDGERS[search.private]}; leave it out of a search")
     if configuration.federation.clients:
         raise ConfigurationError("federation.clients: a search is for one budget of all clients; leave it out")
     for target in search.epsilons:
@@ -98,12 +108,25 @@ def check(search: Search, data: str) -> None:
 
 def cost(search: Search, target: float) -> tuple[float, float]:
     """Epsilon of one trial, and of the whole search at one budget."""
-    configuration = parse({**search.flat, "privacy.target-epsilon": target})
-    delta = configuration.privacy.target_delta
-    plan = calibrate(configuration.plan_shape, target, delta)
+    return target, target if search.random_trials is None else search.random_trials.epsilon(
+        [_events(search, target)], _delta(search)
+    )
+
+
+def total_cost(search: Search) -> float:
+    """Epsilon of a private search at all its budgets together, at the same delta."""
     if search.random_trials is None:
-        return target, target
-    return target, search.random_trials.epsilon(plan.events, delta)
+        return 0.0
+    return search.random_trials.epsilon([_events(search, target) for target in search.epsilons], _delta(search))
+
+
+def _delta(search: Search) -> float:
+    return parse(search.flat).privacy.target_delta
+
+
+def _events(search: Search, target: float) -> tuple[Event, ...]:
+    configuration = parse({**search.flat, "privacy.target-epsilon": target})
+    return calibrate(configuration.plan_shape, target, configuration.privacy.target_delta).events
 
 
 def run(search: Search, watch: Watch, say: Callable[[str], None]) -> list[Point]:
@@ -135,7 +158,10 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 def _claim(search: Search) -> None:
     """Tie the folder to one search, so that it does not go on as another."""
-    wanted = json.loads(json.dumps({"settings": search.flat, "keys": search.keys, "private": search.private}))
+    asked = {"settings": search.flat, "keys": search.keys, "private": search.private}
+    if search.random_trials is not None:  # what was shown as the cost of the search
+        asked |= {"random-trials": asdict(search.random_trials), "epsilons": search.epsilons}
+    wanted = json.loads(json.dumps(asked))
     path = search.output / _SEARCH
     if (search.output / _OVER).exists():
         raise ConfigurationError(f"--output: the search in {search.output} is over, and another one costs anew")
@@ -166,22 +192,31 @@ def _run_budget(search: Search, target: float, watch: Watch, say: Callable[[str]
     wanted = _wanted(study, search)
     failures = 0
     while (done := _done(study)) < wanted:
-        say(f"epsilon {target:g}: trial {done + 1}" + ("" if search.private else f" of {wanted}"))
+        if not search.private:  # whose number of trials is nobody's to know
+            say(f"epsilon {target:g}: trial {done + 1} of {wanted}")
         trial = study.ask()
         try:
             study.tell(trial, _trial(search, target, trial, rounds, watch))
         except optuna.TrialPruned:
             study.tell(trial, state=TrialState.PRUNED)
-        except BaseException as error:
+        except Exception as error:
+            if search.private:
+                # it counts as any other: to try again, or to say so, would tell of a trial that is not the best
+                study.tell(trial, _FAILED)
+                continue
             study.tell(trial, state=TrialState.FAIL)
             failures += 1
-            if not isinstance(error, Exception) or failures >= _FAILURES:
+            if failures >= _FAILURES:
                 raise
             say(f"trial {trial.number} failed: {error}")
+        except BaseException:
+            study.tell(trial, state=TrialState.FAIL)
+            raise
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [
         Point(target, one.user_attrs["epsilon"], float(one.value or 0.0), one.user_attrs["settings"])
         for one in complete
+        if one.value != _FAILED
     ]
 
 
@@ -221,7 +256,8 @@ def _trial(search: Search, target: float, trial: optuna.Trial, rounds: int, watc
                 if trial.should_prune():
                     raise optuna.TrialPruned
 
-        result = simulate(simulation, "in-process", show)
+        # repeated noise would make trials dependent, and who knows a seed can take its noise off
+        result = simulate(simulation, "in-process", show, secret_noise=search.private)
     trial.set_user_attr("epsilon", max(client["epsilon"] for client in result["clients"]))
     trial.set_user_attr("settings", {key: value for key, value in settings.items() if key != "runtime.output"})
     if search.private:
@@ -230,8 +266,8 @@ def _trial(search: Search, target: float, trial: optuna.Trial, rounds: int, watc
 
 
 def _write_best(folder: Path, best: Point, flat: dict[str, Value]) -> None:
-    settings = {**flat, **best.settings, "runtime.output": ""}
+    settings = {**flat, **best.settings, "runtime.output": "", "task.evaluate-on": "test"}
     RunFolder(folder).write_text(f"best-epsilon-{best.target:g}.toml", to_toml(parse(settings)))
 
 
-__all__ = ["Point", "Search", "check", "cost", "front", "run"]
+__all__ = ["Point", "Search", "check", "cost", "front", "run", "total_cost"]

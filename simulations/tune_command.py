@@ -1,8 +1,10 @@
 """The command ``adadpigu tune``: search for good settings, and say what the search costs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -78,22 +80,49 @@ def _search(
     except ValueError as error:
         raise ConfigurationError(f"--epsilons: {epsilons!r} must be numbers with commas between them") from error
     private = data == "private"
+    if not private:
+        flat.setdefault("task.evaluate-on", "validation")  # test data are for the settings that are found
     count = RandomTrials(distribution, float(trials)) if private else None
     return Search(flat, budgets, None if private else trials, keys, count, output)
+
+
+def _delta(search: "Search") -> float:
+    from adadpigu_core.configuration import parse
+
+    return parse(search.flat).privacy.target_delta
+
+
+@contextmanager
+def _unseen(_rounds: int, _done: int) -> Iterator["_Unseen"]:
+    """Show nothing of a trial."""
+    yield _Unseen()
+
+
+class _Unseen:
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Say nothing, not even that there is a trial."""
 
 
 def _run(console: Console, search: "Search", data: str, accepted: bool) -> None:
     from simulations import tune_report
     from simulations.display import progressing
-    from simulations.tune import check, cost, run
+    from simulations.status import working
+    from simulations.tune import check, cost, run, total_cost
 
     check(search, data)
     if search.private:
-        console.print(tune_report.costs([cost(search, target) for target in search.epsilons], search.random_trials))
+        found, delta = [cost(search, target) for target in search.epsilons], _delta(search)
+        console.print(tune_report.costs(found, total_cost(search), delta, search.random_trials))
         if not (accepted or typer.confirm("Shall the search start and cost this?")):
             raise typer.Exit(1)
-    points: list[Point] = run(search, partial(progressing, console), partial(console.print, highlight=False))
+    say = partial(console.print, highlight=False)
+    if search.private:
+        say("Searching. How many trials there are, and how they do, stays secret; so should how long this takes.")
+        with working("Searching"):
+            points: list[Point] = run(search, _unseen, say)
+    else:
+        points = run(search, partial(progressing, console), say)
     if not points:
-        console.print("No trial was run: the random number of trials was 0.")
+        say("There is no best trial: the random number of trials was 0, or every trial failed.")
         return
     tune_report.show(console, points, search)

@@ -58,6 +58,7 @@ BY_KIND = dict(zip(KINDS, MESSAGES, strict=True))
 
 words = st.text(st.characters(codec="utf-8"), max_size=20)
 identities = st.from_regex(r"[0-9A-Za-z._-]{1,30}", fullmatch=True)
+lines = st.from_regex(r"[a-zü 0-9+.]{0,100}", fullmatch=True)
 positive = st.floats(1e-300, 1e300)
 probabilities = st.floats(1e-12, 1)
 noises = st.floats(0.1, 1e12)
@@ -81,10 +82,10 @@ models = st.builds(
 STRATEGIES = {
     DescribeRequest: st.builds(
         DescribeRequest,
-        words,
-        words,
+        identities,
+        lines,
         models,
-        words,
+        lines,
         *(st.floats(allow_nan=False, allow_infinity=False),),
         *(st.integers(-10, MOST_STEPS // 2),) * 2,
         *(st.floats(allow_nan=False, allow_infinity=False),) * 3,
@@ -104,14 +105,14 @@ STRATEGIES = {
     TrainRequest: vectors.flatmap(
         lambda weights: st.builds(
             TrainRequest,
-            run=words,
-            code=words,
+            run=identities,
+            code=lines,
             round=st.integers(1, 2**62),
             phase=st.sampled_from(["pretraining", "training"]),
             model=models,
             weights=st.just(weights),
             mask=st.none() | st.binary(max_size=3).map(lambda bits: np.frombuffer(bits, np.uint8)),
-            mask_id=words,
+            mask_id=lines,
             gradient_mean=st.none() | st.just(weights),
             gradient_scale=st.none() | vectors.map(lambda scale: np.abs(scale) + np.float32(0.5)),
             clipping=st.builds(

@@ -5,13 +5,11 @@ from hypothesis import strategies as st
 from adadpigu_core.accounting import (
     PRETRAINING,
     TRAINING,
-    Event,
     NoiseSchedule,
     Plan,
     PlanShape,
     calibrate,
     epsilon,
-    epsilons,
     pretraining_rounds,
 )
 from adadpigu_core.exceptions import ConfigurationError
@@ -98,28 +96,3 @@ def test_a_plan_survives_json_and_one_from_before_schedules_is_read():
 @pytest.mark.parametrize(("rounds", "share", "expected"), [(100, 0.1, 10), (4, 0.01, 1), (1, 0.9, 0), (10, 0.0, 0)])
 def test_rounds_are_split(rounds, share, expected):
     assert pretraining_rounds(rounds, share) == expected
-
-
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        [(3.0, 0.5, 4), (1.5, 0.5, 20), (2.0, 0.5, 0), (3.0, 0.5, 4)],
-        [(8.0, 0.05, 10), (1.0, 0.01, 50), (5.0, 1.0, 3)],
-        [(2.0, 0.1, 0), (2.0, 0.1, 1)],
-    ],
-)
-def test_epsilons_are_those_of_every_beginning(kinds):
-    events = [Event(TRAINING, *kind) for kind in kinds]
-    found = epsilons(events, DELTA)
-    assert len(found) == len(events)
-    assert found == sorted(found)
-    for number, value in enumerate(found, 1):
-        exact = epsilon(events[:number], DELTA)
-        assert exact * 0.999 <= value <= exact * 1.02 + 1e-3
-
-
-def test_epsilons_of_what_protects_nothing_are_infinite():
-    events = [Event(TRAINING, 5.0, 0.1), Event(TRAINING, 0.01, 0.1)]
-    assert epsilons(events, DELTA)[0] < 1
-    assert epsilons(events, DELTA)[1] == float("inf")
-    assert epsilons([], DELTA) == []

@@ -45,8 +45,8 @@ def test_many_budgets_are_met_and_little_is_wasted(terms):
         # what is planned was accounted for, and what is said is no less than that
         assert checked[one.plan] <= one.client.target_epsilon * (1 + 1e-9)
         assert one.epsilon >= checked[one.plan] * (1 - 1e-6)
-        assert one.epsilon > 0.5 * one.client.target_epsilon
-    assert 4 <= len(checked) <= 48
+        assert one.epsilon > 0.98 * one.client.target_epsilon
+    assert len(checked) > 40
 
 
 def test_epsilon_on_the_way_is_never_understated():

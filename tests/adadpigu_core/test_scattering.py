@@ -84,16 +84,16 @@ def test_channels_and_records_stand_for_themselves(channels):
     assert together.shape[1:] == front_ends.feature_shape("scattering", (channels, 8, 8))
     for index in (0, len(raw) - 1):
         alone = front_ends.features("scattering", raw[index : index + 1])
-        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-3, atol=1e-4)
     if channels == 3:
         torch.testing.assert_close(scatter(raw)[:, :CHANNELS], scatter(raw[:, :1]))
 
 
-def test_features_have_norm_one_whatever_the_contrast():
+def test_features_have_mean_square_one_whatever_the_contrast():
     raw = images(3, 28)
     found = front_ends.features("scattering", raw)
-    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(3), rtol=1e-3, atol=0)
-    torch.testing.assert_close(front_ends.features("scattering", raw * 0.1), found, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.square().flatten(1).mean(1), torch.ones(3), rtol=1e-3, atol=0)
+    torch.testing.assert_close(front_ends.features("scattering", raw * 0.1), found, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

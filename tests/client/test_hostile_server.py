@@ -48,6 +48,24 @@ def test_extreme_numbers_are_refused_or_charged(described, wish):
     assert described.charged() == (charges, releases)
 
 
+TERMINAL = "\x1b]0;owned\x07\x1b[2J"
+
+
+@pytest.mark.parametrize("text", [TERMINAL, "one\nERROR all is lost", "x" * 10**6, "reconciled-\u202e"])
+@pytest.mark.parametrize(
+    ("ask", "field"), [("describe", "run"), ("describe", "layout"), ("train", "run"), ("train", "mask-id")]
+)
+def test_texts_cannot_write_on_the_owners_terminal(described, requests, caplog, ask, field, text):
+    """Runs stand in the ledger, and a refusal says in the log what was asked for."""
+    before = described.rows("plans"), described.charged()
+    caplog.clear()
+    reply = described.ask(getattr(requests, ask)(), {field: text})
+    assert (type(reply), reply.code) == (Refusal, "message")
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+    assert len(caplog.text) < 1000
+    assert (described.rows("plans"), described.charged()) == before
+
+
 def test_a_mask_that_isolates_a_coordinate_meets_noise_of_full_size(make_node, tmp_path):
     """Each coordinate has the noise of the whole clipping norm, however few are retained."""
     values = []

@@ -83,6 +83,12 @@ class TestFile:
         path.chmod(mode)
         assert "others may write this policy" in problems(path)
 
+    @pytest.mark.skipif(os.name != "posix", reason="needs file modes")
+    def test_one_that_others_may_exchange_is_refused(self, write):
+        path = write()
+        path.parent.chmod(0o777)
+        assert f"exchange the policy {path}" in problems(path)
+
     @pytest.mark.parametrize(
         ("old", "new", "problem"),
         [

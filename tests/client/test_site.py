@@ -1,5 +1,6 @@
 """Whose records, ledger and limits a client works with: its owner's, or a simulation's."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 import client.site
 from adadpigu_core import datasets
-from adadpigu_core.exceptions import ConfigurationError, DataError
+from adadpigu_core.exceptions import ConfigurationError, DataError, LedgerError
 from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import SeededRandomness, SystemRandomness
 from client.site import is_simulated, site
@@ -69,6 +70,21 @@ class TestDeployed:
         monkeypatch.setenv("HOME", "/home/alice")
         node.config["ledger"] = "~/private/ledger.sqlite"
         assert site(node.config, {}, 1).ledger == Path("/home/alice/private/ledger.sqlite")
+
+    @pytest.mark.skipif(os.name != "posix", reason="needs file modes")
+    def test_a_ledger_that_others_may_write_or_exchange_is_refused(self, node, tmp_path):
+        folder = tmp_path / "shared"
+        folder.mkdir()
+        ledger = folder / "ledger.sqlite"
+        settings = {**node.config, "ledger": str(ledger)}
+        for place, mode in ((folder, 0o777), (ledger, 0o666)):
+            ledger.touch(0o600)
+            site(settings, {}, 1)  # the control
+            place.chmod(mode)
+            with pytest.raises(LedgerError, match=f"{place}: others may write here") as caught:
+                site(settings, {}, 1)
+            assert caught.value.public_message == ""
+            place.chmod(0o700)
 
     def test_its_randomness_cannot_be_repeated(self, node):
         found = site(node.config, {"seed": 0}, 1)
@@ -170,6 +186,13 @@ class TestDeployed:
 class TestIsSimulated:
     def test_the_engine_says_so(self):
         assert is_simulated({**NODE, "simulation": True})
+
+    def test_its_noise_may_be_secret(self, npz):
+        run = run_config(npz, seed=7)
+        seeded, secret = (site({**NODE, "simulation": True, **more}, run, 1) for more in ({}, {"unseeded": True}))
+        assert isinstance(seeded.randomness(1), SeededRandomness)
+        assert isinstance(secret.randomness(1), SystemRandomness)
+        assert not is_simulated({**NODE, "unseeded": True})
 
     @pytest.mark.parametrize("value", [False, "true", "True", 1, 1.0])
     def test_nothing_but_true_says_so(self, value):

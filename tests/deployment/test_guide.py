@@ -110,6 +110,21 @@ def test_options_exist(machine, section, program):
     assert [option for option in sorted(options) if option not in known] == []
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+@pytest.mark.parametrize(("old", "new", "complaint"), [("", "", ""), ("RestartSec", "RestartSecs", "Unknown key")])
+def test_the_unit_is_one(tmp_path, old, new, complaint):
+    """A file that systemd takes, and, as a control, one with a wrong key."""
+    (tmp_path / "start-node").write_text("#!/bin/sh\n")
+    (tmp_path / "start-node").chmod(0o755)
+    unit = tmp_path / "adadpigu.service"
+    (text,) = blocks("Under systemd")
+    unit.write_text(text.replace("/etc/adadpigu", str(tmp_path)).replace(old or "\0", new))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [line for line in done.stderr.splitlines() if "adadpigu.service" in line]
+    assert (not found) if not complaint else any(complaint in line for line in found)
+
+
 def test_every_setting_of_the_run_exists():
     known = {key for key, *_ in settings()}
     run = next(block for block in blocks("6. A run") if "flwr run" in block)

@@ -212,6 +212,28 @@ class TestInABrowser:
         sizes = browser.run(f"return {texts}.map(text => parseFloat(getComputedStyle(text).fontSize))")
         assert min(sizes) >= 13
 
+    def test_letters_of_figures_are_large_enough_too(self, browser):
+        script = (
+            "return [...document.querySelectorAll('svg[role=img] text')].map(text => "
+            "parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getBoundingClientRect().width / 480)"
+        )
+        assert min(browser.run(script)) >= 11
+
+    def test_no_label_is_cut_off_or_written_over_another(self, browser):
+        script = (
+            "return [...document.querySelectorAll('svg[role=img]')].map(svg => "
+            "[...svg.querySelectorAll('text')].map(text => {const box = text.getBoundingClientRect(), "
+            "whole = svg.getBoundingClientRect(); return [box.left - whole.left, box.top - whole.top, "
+            "box.right - whole.left, box.bottom - whole.top, whole.width]}))"
+        )
+        for labels in browser.run(script):
+            for number, (left, top, right, bottom, width) in enumerate(labels):
+                assert left >= -1
+                assert right <= width + 1
+                for other in labels[:number]:
+                    apart = left >= other[2] or right <= other[0] or top >= other[3] - 3 or bottom <= other[1] + 3
+                    assert apart, (labels, number)
+
     def test_a_live_page_loads_itself_again(self, browser, runs, tmp_path):
         begun = tmp_path / "begun"
         shutil.copytree(runs[0], begun)

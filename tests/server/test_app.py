@@ -118,8 +118,9 @@ class TestFolder:
             "seed",
             "code",
             "parameters",
-            "diverged",
+            "learning_rate",  # follows from what clients declare
             "unit",
+            "diverged",  # of public test data, too
             "area_under_curve",  # of public test data
             "not_private",  # follows from the settings
         }

@@ -127,6 +127,13 @@ class TestClient:
         status, found = doctor(*machine.options)
         assert (status, "others may use it" in found["fault", "ledger"]) == (1, True)
 
+    def test_files_that_others_may_exchange(self, doctor, machine):
+        machine.ledger.parent.chmod(0o777)
+        status, found = doctor(*machine.options)
+        assert (status, "exchange the ledger" in found["fault", "ledger"]) == (1, True)
+        machine.folder.chmod(0o770)
+        assert "exchange the policy" in doctor(*machine.options)[1]["fault", "policy"]
+
     def test_a_disk_that_does_not_last(self, doctor, machine, monkeypatch):
         monkeypatch.setattr(doctor_common, "_file_system", lambda _: "tmpfs")
         status, found = doctor(*machine.options)

@@ -55,3 +55,9 @@ def test_whoever_starts_or_reads_a_run_is_told(settings):
     output = io.StringIO()
     introduce(Console(file=output), parse({**settings, "pretraining.ranking": "random"}), [100], done=0)
     assert "NOT PRIVATE" not in output.getvalue()
+
+
+def test_a_rate_that_follows_from_the_plan_is_none_for_an_oracle():
+    configuration = parse({"optimiser.local-learning-rate": 0.0})
+    with pytest.raises(ConfigurationError, match="local-learning-rate"):
+        oracle_scores(None, configuration)

@@ -9,7 +9,9 @@ import xml.etree.ElementTree as ET
 import pytest
 from typer.testing import CliRunner
 
+from adadpigu_core.accounting import TRAINING, Event, epsilon
 from simulations import command_line
+from simulations.rounding import up
 
 HEADING = "id,records,target_epsilon\n"
 FEW = HEADING + "north,1200,8\nsouth,300,0.5\n"
@@ -58,6 +60,24 @@ def test_everything_is_in_the_json(plan, csv, tmp_path):
         "add-or-remove",
     ):
         assert text in result.output
+
+
+def test_it_says_what_it_is_doing_apart_from_the_answer(plan, csv):
+    result = plan("--clients", csv, *QUICK)
+    assert result.stderr == "Accounting for 2 clients ...\n"
+    assert "Accounting" not in result.stdout
+
+
+def test_printed_numbers_are_on_the_safe_side(plan, csv):
+    result = plan("--clients", csv, "--pretraining-round-share", 0, *QUICK)
+    shown = {}
+    for name, target in (("north", 8.0), ("south", 0.5)):
+        (line,) = [text for text in result.output.splitlines() if f" {name} " in text and " of " in text]
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        shown[name] = (float(cells[2]), float(cells[3].split(" of ")[0]))
+        spent = epsilon([Event(TRAINING, shown[name][0], 0.1, 20)], 1e-5)
+        assert spent <= shown[name][1] <= target
+    assert f"{up(shown['north'][0], 3)}" in result.output
 
 
 def test_flags_say_the_same_as_a_file(plan, csv, tmp_path):

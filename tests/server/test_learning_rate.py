@@ -1,0 +1,61 @@
+"""The rate that follows from the plan: what it fixes, what it leaves alone, and that a run uses it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from adadpigu_core.configuration import parse
+from adadpigu_core.messages import Description
+from server.learning_rate import automatic
+
+
+def client(noise=2.0, records=1000):
+    return Description("a", "cpu", "d", records, 8.0, 1e-5, noise, noise, ())
+
+
+def rate(clients=None, parameters=10_000, **settings):
+    flat = {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
+    return automatic(parse({"federation.num-rounds": 100, **flat}), clients or [client()], parameters)
+
+
+def test_noise_moves_the_weights_by_the_same_length_whatever_the_plan():
+    # 100 steps of noise 2 / 500 on each of 10,000 parameters, ten times as far with momentum 0.9
+    assert rate() == pytest.approx(8 / (math.sqrt(100 * 10_000) * 2 / 500 * 10))
+    base = rate()
+    assert rate([client(noise=4.0)]) == pytest.approx(base / 2)
+    assert rate(parameters=40_000) == pytest.approx(base / 2)
+    assert rate(federation__num_rounds=400) == pytest.approx(base / 2)
+    assert rate(optimiser__momentum=0.8) == pytest.approx(base * 2)
+    assert rate(optimiser__server_learning_rate=2.0) == pytest.approx(base / 2)
+    assert rate(privacy__clipping_norm=0.5) == pytest.approx(base * 2)
+
+
+def test_more_clients_bring_less_noise_and_a_noisy_one_does_not_spoil_it():
+    assert rate([client()] * 4) == pytest.approx(2 * rate())
+    assert rate([client(), client(noise=1000.0)]) == pytest.approx(rate(), rel=1e-3)
+    assert rate([client(), client(noise=1000.0)], federation__aggregation="uniform") < rate() / 100
+
+
+def test_without_noise_a_step_is_bounded_by_the_clipping_norm():
+    assert rate([client(noise=0.1, records=10**9)]) == pytest.approx(0.6)
+    assert rate([client(noise=0.1, records=10**9)], federation__local_steps=3) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "records", "noise", "clients", "rounds", "found"),
+    [(1954, 143, 3.1, 10, 100, 0.1), (26010, 60000, 1.0, 1, 586, 0.6)],
+)
+def test_it_is_near_rates_that_were_found_by_search(parameters, records, noise, clients, rounds, found):
+    probability = 0.5 if clients == 10 else 2048 / 60000
+    given = rate(
+        [client(noise, records)] * clients,
+        parameters,
+        federation__num_rounds=rounds,
+        privacy__sampling_probability=probability,
+    )
+    assert 0.5 < given / found < 2
+
+
+def test_a_client_that_is_described_otherwise_changes_it():
+    assert rate([replace(client(), num_records=2000)]) == pytest.approx(2 * rate())
