@@ -61,6 +61,8 @@ def configurations(draw):
     flat["retention.initial-ratio"], flat["retention.final-ratio"] = min(ends), max(ends)
     if flat.get("pretraining.round-share") == 0:
         flat["pretraining.ranking"] = "random"
+        if flat.get("method") == "paper":
+            flat["method"] = "as-set"  # the paper's ranks by what pretraining releases
     if flat.get("training.augmentation", "none") == "none":
         flat["training.views"] = 1
     else:
