@@ -144,6 +144,7 @@ def _check(configuration: Configuration) -> None:
     for key, ok, remedy in (
         ("federation.local-steps", configuration.federation.local_steps == 1, "1"),
         ("pretraining.measure", not learnt or pretraining.measure == DRIFT, DRIFT),
+        ("optimiser.local-learning-rate", configuration.optimiser.local_learning_rate > 0, "above 0"),
         ("pretraining.ranking", pretraining.ranking != "local", "consensus"),
         ("adaptive-clipping.owner", clipping.rule == "none" or clipping.owner == "server", "server"),
     ):

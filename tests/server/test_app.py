@@ -120,6 +120,7 @@ class TestFolder:
             "parameters",
             "learning_rate",  # follows from what clients declare
             "unit",
+            "diverged",  # of public test data, too
             "area_under_curve",  # of public test data
             "not_private",  # follows from the settings
         }

@@ -201,9 +201,9 @@ class TestDescriptions:
         script = dict.fromkeys((0,), lambda c, r: c.description(spent=spent))
         script |= dict.fromkeys((1, 2, 3, 4), lambda c, r: c.release(r, spent=(*spent, *c.spent)))
         federation = kit.Federation([kit.Client("honest"), kit.Client("liar", script)])
-        begun = time.monotonic()
+        begun = time.process_time()
         federation.run()
-        assert time.monotonic() - begun < 5
+        assert time.process_time() - begun < 5
         assert federation.account(1).epsilon == float("inf")
         assert "it has spent more than its budget" in federation.account(1).report()["warnings"]
         assert federation.account(0).warnings == []

@@ -188,10 +188,14 @@ class TestRepliesThatDoNotCome:
 
     def test_the_last_late_replies_are_waited_for_a_little(self, kit, monkeypatch):
         monkeypatch.setattr("server.strategy._SETTLE_SECONDS", 5.0)  # ends as soon as the reply is there
-        clients = [kit.Client("a"), kit.Client("b", {4: lambda c, r: kit.Later(c.release(r))})]
-        federation = kit.Federation(clients)
         release = threading.Timer(0.15, lambda: setattr(federation.grid, "_round", 5))
-        release.start()
+
+        def after_the_timeout(client, request):
+            release.start()
+            return kit.Later(client.release(request))
+
+        clients = [kit.Client("a"), kit.Client("b", {4: after_the_timeout})]
+        federation = kit.Federation(clients)
         federation.strategy._wait = lambda *_: time.sleep(0.01)
         federation.run(timeout=0.1)
         release.join()
