@@ -67,9 +67,8 @@ def flatten(model: nn.Module) -> Tensor:
 def descend(model: nn.Module, gradient: Tensor, learning_rate: float) -> None:
     """Move the trainable parameters of a model against a flat gradient [d], in place."""
     parameters = dict(model.named_parameters())
-    rate = torch.tensor(
-        learning_rate, dtype=gradient.dtype
-    ).item()  # infinite beyond its range, where torch would raise
+    # infinite beyond the range of float32, where torch would raise
+    rate = torch.tensor(learning_rate, dtype=gradient.dtype).item()
     with torch.no_grad():
         for name, piece in ParameterLayout.of(model).split(gradient).items():
             parameters[name].sub_(piece.to(parameters[name].device), alpha=rate)
