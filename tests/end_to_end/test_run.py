@@ -60,7 +60,7 @@ class TestFolder:
         result = run.json()
         assert result.keys() == {
             *("accuracy", "loss", "rounds", "seconds", "bytes_up", "bytes_down", "seed", "code", "parameters"),
-            *("unit", "clients", "refused"),
+            *("unit", "clients", "refused", "learning_rate", "diverged", "not_private"),
         }
         assert (result["rounds"], result["seed"], result["parameters"], result["refused"]) == (4, 0, 650, [])
         assert "one record of one client" in result["unit"]
