@@ -16,6 +16,8 @@ from server.app import model_spec
 from simulations import doctor_common as common
 from simulations.findings import FAULT, GOOD, NOTE, WARNING, Check, Finding, if_given
 
+_LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True)
 class ServerFiles:
@@ -73,6 +75,9 @@ def _certificate(path: Path, files: ServerFiles) -> Iterator[Finding]:
         names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         shown = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
         yield Finding(NOTE, "certificate", f"nodes must reach the server as one of {', '.join(shown)}")
+        if _LOOPBACK not in shown:
+            text = f"{path}: does not name {_LOOPBACK}, where the processes of a SuperLink on 0.0.0.0 reach it: no run begins"
+            yield Finding(WARNING, "certificate", text, f"make one with IP:{_LOOPBACK} in its subjectAltName, too")
     except x509.ExtensionNotFound:
         yield Finding(FAULT, "certificate", f"{path}: names no host", "make one with subjectAltName")
     if files.authority is not None and files.authority.is_file():

@@ -42,7 +42,6 @@ def machine(tmp_path_factory):
             "/var/lib/adadpigu": f"{folder}/var",
             "/data/site.npz": f"{folder}/site.npz",
             "server.example.org": "localhost",
-            "192.0.2.10": "127.0.0.1",
         }.items():
             block = block.replace(old, new)
         done = subprocess.run(
@@ -64,7 +63,12 @@ def machine(tmp_path_factory):
 def test_certificates_keys_policy_and_ledger(machine):
     make, look = blocks("1. The server's certificate")
     machine(make)
-    assert "was signed by the authority" in machine(f"cd ~/federation\n{look}")
+    found = machine(f"cd ~/federation\n{look}")
+    assert "was signed by the authority" in found
+    assert "does not name 127.0.0.1" not in found
+    machine("""cd ~/federation && sed s/,IP:127.0.0.1// server.ext > other.ext
+openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -days 365 -extfile other.ext -out other.pem""")
+    assert "does not name 127.0.0.1" in machine(f"cd ~/federation\n{look.replace('server.pem', 'other.pem')}")
     (key,) = blocks("2. A key for each node")
     machine(key)
     shutil.copy(machine.folder / "home" / "federation" / "ca.crt", machine.folder / "etc")
