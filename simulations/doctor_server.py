@@ -76,7 +76,7 @@ def _certificate(path: Path, files: ServerFiles) -> Iterator[Finding]:
         shown = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
         yield Finding(NOTE, "certificate", f"nodes must reach the server as one of {', '.join(shown)}")
         if _LOOPBACK not in shown:
-            text = f"{path}: does not name {_LOOPBACK}, where the processes of a SuperLink on 0.0.0.0 reach it: no run begins"
+            text = f"{path}: does not name {_LOOPBACK}, by which its own processes reach a SuperLink: no run begins"
             yield Finding(WARNING, "certificate", text, f"make one with IP:{_LOOPBACK} in its subjectAltName, too")
     except x509.ExtensionNotFound:
         yield Finding(FAULT, "certificate", f"{path}: names no host", "make one with subjectAltName")
