@@ -4,8 +4,10 @@ It needs no data and no torch, so that it answers within seconds; the arithmetic
 is imported when the command runs.
 """
 
+import ctypes
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +16,8 @@ import typer
 from rich.console import Console
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 
 if TYPE_CHECKING:
     from adadpigu_core.client_list import ClientEntry
@@ -133,6 +137,8 @@ def _answer(solve: str, asked: _Question) -> "FederationPlan":
     from adadpigu_core import planning
     from adadpigu_core.weights import AGGREGATIONS
 
+    _keep_freed_memory()
+
     if solve not in _SOLVE:
         raise ConfigurationError(f"--solve: {solve!r} is none of {', '.join(_SOLVE)}")
     if asked.aggregation not in AGGREGATIONS:
@@ -151,6 +157,14 @@ def _answer(solve: str, asked: _Question) -> "FederationPlan":
     given = float(asked.noise_multiplier or 0)
     function = planning.plan_epsilon if solve == "epsilon" else planning.most_rounds
     return function(asked.clients, asked.terms, given)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what large arrays leave: to give it back and fetch it again takes as long as the arithmetic."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 2**25)
+        library.mallopt(_TRIM_THRESHOLD, 2**30)
 
 
 def _write(path: Path, write: Callable[[], object]) -> None:
