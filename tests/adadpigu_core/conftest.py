@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import optimize, stats
 from torch import Tensor, nn
 
 from adadpigu_core import local_training
@@ -284,3 +285,19 @@ def spawn() -> Callable[..., BaseProcess]:
         return process
 
     return start
+
+
+@pytest.fixture(scope="session")
+def gaussian_epsilon() -> Callable[[float, float], float]:
+    """An oracle of epsilon without sampling that uses no accounting library."""
+
+    def gaussian_epsilon(noise_multiplier, delta):
+        """Analytic Gaussian mechanism (Balle and Wang 2018, theorem 8)."""
+        mu = 1 / noise_multiplier
+
+        def excess(value):
+            return stats.norm.cdf(mu / 2 - value / mu) - np.exp(value + stats.norm.logcdf(-mu / 2 - value / mu)) - delta
+
+        return optimize.brentq(excess, 0, mu**2 + 20 * mu + 1, xtol=1e-13) if excess(0) > 0 else 0.0
+
+    return gaussian_epsilon
