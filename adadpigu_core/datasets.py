@@ -245,7 +245,7 @@ def check_records(records: Records, *, input_shape: Sequence[int], num_classes: 
 
 def _digits() -> DataSet:
     from sklearn.datasets import load_digits  # noqa: PLC0415 - takes two seconds
-    from sklearn.model_selection import train_test_split  # noqa: PLC0415
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415 - the same
 
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels / 16.0, labels, test_size=0.2, random_state=0, stratify=labels)

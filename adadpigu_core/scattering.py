@@ -83,7 +83,7 @@ def _gaussian(height: int, width: int, stddev: float, slant: float, angle: float
 
 
 def _transformed(kernel: Tensor) -> Tensor:
-    return torch.fft.fft2(kernel).real  # type: ignore[no-any-return]
+    return torch.fft.fft2(kernel).real  # type: ignore[no-any-return]  # torch.fft is not typed
 
 
 def scatter(images: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _every_other(spectrum: Tensor) -> Tensor:
     """Inverse transform of [..., h, w], sampled every 2 pixels, [..., h / 2, w / 2]: frequencies fold."""
     height, width = spectrum.shape[-2] // 2, spectrum.shape[-1] // 2
     rows = spectrum[..., :height, :] + spectrum[..., height:, :]
-    return torch.fft.ifft2((rows[..., :width] + rows[..., width:]) / 4)  # type: ignore[no-any-return]
+    return torch.fft.ifft2((rows[..., :width] + rows[..., width:]) / 4)  # type: ignore[no-any-return]  # torch.fft is not typed
 
 
 def _smooth(maps: Tensor, sampled: int) -> Tensor:

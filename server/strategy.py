@@ -280,7 +280,7 @@ class AdaDPIGU(Strategy):
         evaluation = time.monotonic() - begun_evaluation
         if metrics is not None:
             result.train_metrics_clientapp[number] = metrics
-        clients, refused = (int(metrics[key]) for key in ("clients", "refused")) if metrics else (0, 0)  # type: ignore[arg-type]
+        clients, refused = (int(metrics[key]) for key in ("clients", "refused")) if metrics else (0, 0)  # type: ignore[arg-type]  # ints
         self.state.seconds += time.monotonic() - begun
         stages = {"clients": collected - begun, "aggregation": aggregated - collected}
         mask = self._expected.standardisation.mask.double()

@@ -208,7 +208,7 @@ def _noise_table(plan: FederationPlan, aggregation: str, num_parameters: int) ->
 def draw(plan: FederationPlan, path: Path) -> None:
     """Draw epsilon over rounds, one line a client; clients with the same plan share a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # takes a second to import
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415  # the same
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -41,7 +41,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         ConfigurationError: If it cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # takes a second to import
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415  # the same
 
     rows = found["rows"]
     figure = Figure(figsize=(5.5 * len(rows), 4.2), layout="constrained")

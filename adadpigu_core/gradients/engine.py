@@ -210,9 +210,9 @@ class _Pass:
     def _outputs(self, rows: Tensor) -> Tensor:
         model = self._task.model
         if self._task.options.precision == "float32":
-            return model(rows)  # type: ignore[no-any-return]
+            return model(rows)  # type: ignore[no-any-return]  # modules are not typed
         with torch.autocast(rows.device.type, torch.bfloat16):
-            return model(rows).float()  # type: ignore[no-any-return]
+            return model(rows).float()  # type: ignore[no-any-return]  # modules are not typed
 
     def _finish(self, tracked: Tracked, uses: list[Use]) -> None:
         block = self._task.transform.block(tracked.start, tuple(tracked.value.shape))

@@ -296,7 +296,7 @@ def differentiate(loss: Tensor, model: nn.Module) -> None:
         ModelError: The model throws activations away and computes them anew.
     """
     try:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
     except CheckpointError as error:
         text = f"{type(model).__name__} uses torch.utils.checkpoint: leave that out; physical batches bound memory here"
         raise ModelError(text, text) from error

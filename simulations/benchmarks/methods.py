@@ -97,7 +97,7 @@ def _plain(trained: Trained, layout: Layout) -> Step:
         optimiser.zero_grad()
         for features, labels in batches:
             loss = cross_entropy(model(features), labels).sum() / len(records)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # of torch
         optimiser.step()
 
     return step

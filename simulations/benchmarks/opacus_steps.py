@@ -98,7 +98,7 @@ def standardised_sum(trained: Trained, clip: Clip) -> Callable[[], Tensor]:
     def sum_up() -> Tensor:
         module.zero_grad()
         loss = cross_entropy(module(trained.records.features), trained.records.labels).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
         return clip([_taken(parameter) for parameter in parameters], trained)
 
     return sum_up
@@ -106,8 +106,8 @@ def standardised_sum(trained: Trained, clip: Clip) -> Callable[[], Tensor]:
 
 def _taken(parameter: nn.Parameter) -> Tensor:
     """Take the gradients of records, [n, P], from where the hooks put them."""
-    kept: Tensor = parameter.grad_sample  # type: ignore[attr-defined]
-    parameter.grad_sample = None  # type: ignore[attr-defined]
+    kept: Tensor = parameter.grad_sample  # type: ignore[attr-defined]  # Opacus adds it
+    parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus adds it
     return kept.flatten(1)
 
 

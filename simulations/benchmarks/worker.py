@@ -118,8 +118,8 @@ def _prepare(task: Task) -> Callable[[], Sample]:
     """Make a function that makes a step and measures it."""
     import torch  # noqa: PLC0415 - the parent needs none of these
 
-    from simulations.benchmarks import memory  # noqa: PLC0415
-    from simulations.benchmarks.methods import Trained, kept_gb, load, make_step  # noqa: PLC0415
+    from simulations.benchmarks import memory  # noqa: PLC0415 - the same
+    from simulations.benchmarks.methods import Trained, kept_gb, load, make_step  # noqa: PLC0415 - the same
 
     warnings.simplefilter("ignore")  # what libraries say is about their own use
     torch.set_num_threads(task.threads)
@@ -154,9 +154,9 @@ def _by_clock(step: Callable[[], None]) -> float:
 
 
 def _on_cuda(step: Callable[[], None]) -> float:
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - the parent needs none of it
 
-    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # of torch
     torch.cuda.synchronize()
     begun.record()
     step()

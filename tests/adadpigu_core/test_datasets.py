@@ -205,7 +205,7 @@ def test_root_comes_before_the_environment(tmp_path, monkeypatch):
 def test_colours_are_standardised_with_public_constants(tmp_path, monkeypatch):
     class Fake:
         data = np.tile(np.array([0, 255, 51], dtype=np.uint8), (2, 32, 32, 1))
-        targets = [9, 0]  # noqa: RUF012
+        targets = [9, 0]  # noqa: RUF012 - torchvision's name, never changed
 
     monkeypatch.setattr(datasets, "CIFAR10", lambda *_, **__: Fake())
     cifar = load("cifar-10", root=str(tmp_path))

@@ -95,17 +95,17 @@ class DirectGrid(Grid):
         return list(self._contexts)
 
     def create_message(self, *_, **__):
-        raise NotImplementedError
+        raise AssertionError("nothing here may ask Flower for this")
 
     def send_and_receive(self, *_, **__):
-        raise NotImplementedError
+        raise AssertionError("nothing here may ask Flower for this")
 
     def set_run(self, run):
-        raise NotImplementedError
+        raise AssertionError("nothing here may ask Flower for this")
 
     @property
     def run(self):
-        raise NotImplementedError
+        raise AssertionError("nothing here may ask Flower for this")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
 def test_every_round_is_logged(finished, folder):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = finished(folder, runtime__tensorboard="true")

@@ -128,17 +128,17 @@ class ScriptedGrid(Grid):
         self.pushed, self._round, self._replies = [], 0, {}
 
     def set_run(self, run):
-        raise NotImplementedError
+        raise AssertionError("nothing here may ask Flower for this")
 
     @property
     def run(self):
         return Run.create_empty(1)
 
     def create_message(self, *args, **settings):
-        raise NotImplementedError
+        raise AssertionError("nothing here may ask Flower for this")
 
     def send_and_receive(self, messages, *, timeout=None):
-        raise NotImplementedError
+        raise AssertionError("nothing here may ask Flower for this")
 
     def get_node_ids(self):
         return sorted(self.present)

@@ -55,10 +55,10 @@ def attention(  # the signature is torch's
         weights = [q_proj_weight, k_proj_weight, v_proj_weight]
         projected = _separate(recorder, (query, key, value), weights, in_proj_bias)
     elif same:
-        assert in_proj_weight is not None  # noqa: S101
+        assert in_proj_weight is not None  # noqa: S101  # for the type checker
         projected = list(matrix(recorder, query, in_proj_weight, in_proj_bias).chunk(3, dim=-1))
     else:
-        assert in_proj_weight is not None  # noqa: S101
+        assert in_proj_weight is not None  # noqa: S101  # for the type checker
         size = embed_dim_to_check
         weights = [recorder.rows_of(in_proj_weight, i * size, (i + 1) * size) for i in range(3)]
         projected = _separate(recorder, (query, key, value), weights, in_proj_bias)

@@ -85,7 +85,7 @@ def _split(recorder: Recorder, one: Any, other: Any) -> tuple[Tensor, Tracked, b
     if first is not None and second is not None:
         raise UnsupportedUseError(tracked.name, "is combined with another parameter")
     data = recorder.data(one if second is not None else other, tracked)
-    shape = torch.broadcast_shapes(data.shape, tracked.value.shape)  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(data.shape, tracked.value.shape)  # type: ignore[no-untyped-call]  # of torch
     if len(shape) != data.dim() or shape[0] != data.shape[0]:
         raise UnsupportedUseError(tracked.name, "is broadcast to more than its data")
     if tracked.value.dim() == data.dim() and tracked.value.shape[0] != 1:
@@ -122,7 +122,7 @@ def subtract(recorder: Recorder, one: Any, other: Any) -> Tensor:
 def expand(recorder: Recorder, parameter: Tensor, *sizes: Any) -> Tensor:
     """Record p.expand(rows, ...)."""
     tracked = recorder.tracked(parameter)
-    assert tracked is not None  # noqa: S101
+    assert tracked is not None  # noqa: S101  # a rule is called for a parameter only
     flat = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
     shape = tuple(tracked.value.expand(*flat).shape)
     if shape[0] != recorder.rows or (len(shape) == tracked.value.dim() and tracked.value.shape[0] != 1):

@@ -51,7 +51,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch copies the input, no more
 @pytest.mark.parametrize("dimensions", CONVOLUTIONS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option(agree, built, records_of, dimensions, name):

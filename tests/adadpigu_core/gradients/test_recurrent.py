@@ -53,7 +53,7 @@ def test_other_activation(agree, built, records_of):
     agree(built(make), records)
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # slower, no more
 def test_projected(agree_or_refuse, built, records_of):
     agree_or_refuse(built(lambda: Recurrent("lstm", proj_size=3)), records_of((6, 4)), "network")
 

@@ -123,7 +123,7 @@ def test_runs_that_differ_are_told_apart(monkeypatch, case, cross_entropy):
 def by_opacus():
     """Sum of clipped gradients as Opacus computes it, float64 [d]."""
     from opacus.grad_sample import GradSampleModule  # noqa: PLC0415 - slow to import
-    from opacus.optimizers import DPOptimizer  # noqa: PLC0415
+    from opacus.optimizers import DPOptimizer  # noqa: PLC0415 - the same
 
     def clipped(model, loss, records, clipping_norm):
         wrapped = GradSampleModule(model, loss_reduction="sum")

@@ -304,7 +304,7 @@ def test_unusual_uses_of_words(agree_or_refuse, built, records_of, kind, count):
     agree_or_refuse(built(lambda: Words(kind)), records_of((5,), count, tokens=7), *names)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")  # a user may still have one
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch copies a trace so
 @pytest.mark.parametrize("count", COUNTS)
 def test_traced_layers(agree_or_refuse, built, records_of, count):
