@@ -68,17 +68,22 @@ def make_authority(folder, name):
 def certificates(tmp_path_factory):
     """A folder with ca.crt, the server's certificate, keys of nodes, and another authority that signed nothing."""
     folder = tmp_path_factory.mktemp("certificates")
-    make_authority(folder, "ca")
+    make_certificates(folder, "node0", "node1", "stranger")
     make_authority(folder, "other")
+    return folder
+
+
+def make_certificates(folder, *nodes):
+    """Make an authority, the server's certificate, and a key for each node."""
+    make_authority(folder, "ca")
     (folder / "extensions").write_text(EXTENSIONS)
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", "server.key")
     openssl(folder, "req", *key, "-out", "server.csr", "-subj", "/CN=localhost")
     signed = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "30", "-extfile", "extensions")
     openssl(folder, "x509", "-req", "-in", "server.csr", *signed, "-out", "server.pem")
-    for name in ("node0", "node1", "stranger"):
+    for name in nodes:
         done = command("ssh-keygen", "-t", "ecdsa", "-b", "384", "-N", "", "-f", name, folder=folder)
         assert done.returncode == 0, done.stderr
-    return folder
 
 
 def free_port():

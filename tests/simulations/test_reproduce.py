@@ -68,7 +68,7 @@ def test_every_row_can_be_run_by_itself(path):
 def test_a_method_changes_a_row_and_what_was_tuned_for_it_wins(small):
     flat = {run.method: run.flat for run in runs(tables.load(small), 1, Path("runs"))}
     assert "retention.initial-ratio" not in flat["adadpigu"]
-    assert flat["dp-sgd"]["retention.initial-ratio"] == 1.0
+    assert parse(flat["dp-sgd"]).retention.initial_ratio == 1.0
     assert flat["dp-sgd"]["optimiser.local-learning-rate"] == 0.2
     assert flat["adadpigu"]["task.model"] == flat["dp-sgd"]["task.model"] == "linear"
 
