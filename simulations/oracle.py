@@ -18,7 +18,7 @@ from adadpigu_core.gradients import clipped_sum, cross_entropy
 from adadpigu_core.importance import DRIFT, importance_of
 from adadpigu_core.parameters import assign, flatten
 
-_STEPS, _RATE = 15, 0.1
+_STEPS = 15
 
 
 def require_rate(configuration: Configuration) -> None:
@@ -50,8 +50,7 @@ def oracle_scores(model: nn.Module, configuration: Configuration) -> Tensor:
     data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     records = applied(configuration.task.features, data.train)
     optimiser, measure = configuration.optimiser, configuration.pretraining.measure
-    # a rate that is left to the plan is not known before clients have described themselves
-    rate = (optimiser.local_learning_rate or _RATE) * optimiser.server_learning_rate
+    rate = optimiser.local_learning_rate * optimiser.server_learning_rate
     start = flatten(model)
     weights, velocity = start.clone(), torch.zeros_like(start)
     scores = torch.zeros(len(start), dtype=torch.float64)
