@@ -24,6 +24,7 @@ from client.policy import template
 from simulations import process_tree
 from simulations.flower_engine import write_app
 
+collect_ignore = ["rounds.py", "opacus_example"]  # a benchmark, and what it runs: no tests, nor their examples
 BIN = Path(sys.executable).parent
 EXTENSIONS = """\
 subjectAltName=DNS:localhost,IP:127.0.0.1
