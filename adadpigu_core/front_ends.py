@@ -62,28 +62,3 @@ def features(name: str, raw: Tensor) -> Tensor:
 def applied(name: str, records: Records) -> Records:
     """Records with a front end's features in place of their own."""
     return records if name == RAW else Records(features(name, records.features), records.labels)
-
-
-class Cache:
-    """Features of the records of the clients in this process, by what the records are.
-
-    Privacy: as private as the records, and kept where they are: in memory.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str, str], Records] = {}
-
-    def get(self, name: str, records: Records, content: str) -> Records:
-        """The records under a front end, computed at the first call.
-
-        Args:
-            name: Of the front end.
-            records: As they are.
-            content: Fingerprint of the records.
-        """
-        if name == RAW:
-            return records
-        key = (name, content, str(records.features.device))
-        if key not in self._known:
-            self._known[key] = applied(name, records)
-        return self._known[key]

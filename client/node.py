@@ -29,7 +29,6 @@ from adadpigu_core.adaptive_clipping import (
 from adadpigu_core.augmentation import Views
 from adadpigu_core.datasets import Records, check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
-from adadpigu_core.front_ends import Cache
 from adadpigu_core.gradients import check_gradients, check_rounding, cross_entropy
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
@@ -58,7 +57,6 @@ log = logging.getLogger("adadpigu.client")
 # Calibration uses a budget up to about a thousandth. Less than this share of it is a rest and not a budget: noise in
 # the hundreds would fit into it, and a run that nobody wants.
 _LEAST_SHARE = 0.01
-_FEATURES = Cache()
 
 
 def answer(wire: Wire, site: Site, kind: type[DescribeRequest] | type[TrainRequest]) -> Wire:
@@ -243,7 +241,7 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     spec = request.model
     guard = partial(check_rounding, model, cross_entropy, spec.feature_shape, spec.num_classes)
     guard(statistics.standardisation(mask))
-    records = _FEATURES.get(spec.features, site.records, site.content)
+    records = site.under(spec.features)
     return _Work(model, records, mechanism, mask, statistics, target, stored, views, guard)
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adadpigu_core import datasets
+from adadpigu_core import datasets, front_ends, kept_features
 from adadpigu_core.configuration import DEVICES, ORACLE, Configuration, RuntimeSettings, Value, parse, run_folder
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError, LedgerError
+from adadpigu_core.front_ends import applied
 from adadpigu_core.gradients import DEFAULTS, PRECISIONS, GradientOptions
 from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
@@ -77,6 +78,7 @@ class Site:
         data_set: Key of the ledger.
         ledger: Path of the ledger.
         limits: What its owner allows, the budget over everything ever released among it.
+        under: Its records with a front end's features in place of their own, by the front end's name.
         num_records: Declared number of records.
         num_classes: Declared number of classes; None = the labels themselves decide whether they fit a task, and a
             server that asks for tasks with more and more classes finds out the largest label.
@@ -91,6 +93,7 @@ class Site:
     data_set: str
     ledger: Path
     limits: Limits
+    under: Callable[[str], Records]
     num_records: int
     num_classes: int | None
     simulation_key: tuple[int, ...] | None
@@ -157,7 +160,8 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
     dataset, evaluated_on = configuration.task.dataset, configuration.task.evaluate_on
     how = Deal(federation.partition, federation.dirichlet_alpha, federation.partition_seed, federation.clients)
     device = available_device(configuration.runtime.device)
-    records, content = _share((dataset, evaluated_on), index, count, how, device)
+    share = _Share((dataset, evaluated_on), index, count, how, device)
+    records, content = _records_of(share)
     entry = listed_clients(how.clients)[index] if how.clients else None
     folder = (
         Path(privacy.ledger_dir).expanduser()
@@ -176,6 +180,7 @@ def _simulated(configuration: Configuration, flower_run: int, node_config: Mappi
         limits=Limits.of_simulation(
             Target(entry.target_epsilon if entry else privacy.target_epsilon, privacy.target_delta)
         ),
+        under=partial(_features_of, share),
         num_records=len(records),
         num_classes=_data_set((dataset, evaluated_on)).num_classes,
         simulation_key=(configuration.seed, index) if seeded else None,
@@ -193,11 +198,37 @@ def _data_set(task: _Task) -> datasets.DataSet:
     return datasets.evaluated_on(datasets.load(name), evaluated_on)
 
 
+@dataclass(frozen=True)
+class _Share:
+    """A simulated client's part of a data set."""
+
+    task: _Task
+    index: int
+    count: int
+    split: Deal
+    device: str
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        return _split(self.task, self.count, self.split)[self.index]
+
+
 @lru_cache(maxsize=1024)
-def _share(task: _Task, index: int, count: int, split: Deal, device: str) -> tuple[Records, str]:
-    shares = _split(task, count, split)
-    records = _data_set(task).train.select(torch.from_numpy(shares[index]))
-    return records.to(device), records.fingerprint()
+def _records_of(share: _Share) -> tuple[Records, str]:
+    records = _data_set(share.task).train.select(share.indices)
+    return records.to(share.device), records.fingerprint()
+
+
+@lru_cache(maxsize=1024)
+def _features_of(share: _Share, front_end: str) -> Records:
+    if front_end == front_ends.RAW or not kept_features.folder():
+        return applied(front_end, _records_of(share)[0])
+    return _all_features(share.task, front_end).select(share.indices).to(share.device)
+
+
+@lru_cache(maxsize=1)
+def _all_features(task: _Task, front_end: str) -> Records:
+    return kept_features.public_features(front_end, _data_set(task).train)
 
 
 @lru_cache(maxsize=4)
@@ -246,13 +277,15 @@ def _deployed(settings: tuple[tuple[str, Value], ...], limits: Limits) -> Site:
         precision=str(node_config.get("precision", "float32")),
     )
     device = available_device(runtime.device)
+    here = records.to(device)
     return Site(
         name=str(node_config.get("name", "")),
-        records=records.to(device),
+        records=here,
         content=records.fingerprint(),
         data_set=data_set_name(node_config),
         ledger=ledger_path(node_config),
         limits=limits,
+        under=lru_cache(maxsize=1)(partial(applied, records=here)),
         num_records=int(node_config.get("num-records", len(records))),
         num_classes=None if classes is None else int(classes),
         simulation_key=None,

@@ -13,7 +13,7 @@ from adadpigu_core import datasets
 from adadpigu_core.augmentation import Views
 from adadpigu_core.configuration import ORACLE, Configuration, Value, not_private, parse, run_folder, to_toml
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.front_ends import applied
+from adadpigu_core.kept_features import public_features
 from adadpigu_core.models import ModelSpec, build, check_private, default_model
 from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.provenance import code_fingerprint
@@ -85,7 +85,7 @@ def run(
     state.tally.remember(known_charges(folder.path))
     if oracle is not None and configuration.pretraining.ranking == ORACLE:
         state.importance.reveal(oracle(model, configuration))
-    test = applied(spec.features, data.test)
+    test = public_features(spec.features, data.test)
     evaluate = evaluator(build(spec, seed=configuration.seed), test)
 
     def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:

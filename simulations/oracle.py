@@ -13,9 +13,9 @@ from adadpigu_core import datasets
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.front_ends import applied
 from adadpigu_core.gradients import clipped_sum, cross_entropy
 from adadpigu_core.importance import DRIFT, importance_of
+from adadpigu_core.kept_features import public_features
 from adadpigu_core.parameters import assign, flatten
 
 _STEPS = 15
@@ -48,7 +48,7 @@ def oracle_scores(model: nn.Module, configuration: Configuration) -> Tensor:
     """
     require_rate(configuration)
     data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
-    records = applied(configuration.task.features, data.train)
+    records = public_features(configuration.task.features, data.train)
     optimiser, measure = configuration.optimiser, configuration.pretraining.measure
     rate = optimiser.local_learning_rate * optimiser.server_learning_rate
     start = flatten(model)

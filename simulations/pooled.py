@@ -23,9 +23,9 @@ from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation
 from adadpigu_core.configuration import ORACLE, Configuration, not_private
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.front_ends import applied
 from adadpigu_core.gradients import cross_entropy
 from adadpigu_core.importance import DRIFT
+from adadpigu_core.kept_features import public_features
 from adadpigu_core.models import build
 from adadpigu_core.parameters import ParameterLayout, assign, flatten
 from adadpigu_core.private_step import Mechanism, private_step
@@ -90,7 +90,7 @@ def run(configuration: Configuration) -> dict[str, Any]:
     if configuration.pretraining.ranking == ORACLE:
         state.importance.reveal(oracle_scores(model, configuration))
     sent = sum(_round(pool, state, model, number) for number in range(1, configuration.federation.num_rounds + 1))
-    quality = evaluator(model, applied(spec.features, data.test))(state.optimiser.weights)
+    quality = evaluator(model, public_features(spec.features, data.test))(state.optimiser.weights)
     return {**quality.metrics, "bytes_up": sent * pool.num_clients * _BYTES, "not_private": not_private(configuration)}
 
 
@@ -134,7 +134,7 @@ def _pool(configuration: Configuration, data: datasets.DataSet) -> _Pool:
     if max(sizes) - min(sizes) > 1:
         raise ConfigurationError(f"clients have {min(sizes)} to {max(sizes)} records; only equal ones can be pooled")
     plan = calibrate(configuration.plan_shape, privacy.target_epsilon, privacy.target_delta, ())
-    records = applied(configuration.task.features, data.train.select(np.concatenate(shares)))
+    records = public_features(configuration.task.features, data.train).select(np.concatenate(shares))
     return _Pool(records, len(shares), plan, configuration)
 
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from adadpigu_core import front_ends, scattering
-from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.scattering import ANGLES, CHANNELS, filters, scatter
 
@@ -107,13 +106,3 @@ def test_a_blank_image_has_finite_features(value):
 def test_other_shapes_are_refused(shape):
     with pytest.raises(ConfigurationError, match="multiples of 4"):
         front_ends.feature_shape("scattering", shape)
-
-
-def test_the_cache_computes_once_for_each_content(monkeypatch):
-    calls = []
-    monkeypatch.setattr(front_ends, "applied", lambda name, records: calls.append(name) or records)
-    cache, one = front_ends.Cache(), Records(images(2), torch.zeros(2, dtype=torch.int64))
-    assert cache.get("raw", one, "a") is one
-    for content in ("a", "a", "b"):
-        cache.get("scattering", one, content)
-    assert len(calls) == 2
