@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dp_accounting
 import numpy as np
-from dp_accounting.pld import privacy_loss_distribution
 
 from adadpigu_core.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    import dp_accounting
 
 PRETRAINING = "pretraining"
 TRAINING = "training"
@@ -77,8 +78,10 @@ class Event:
         if not isinstance(self.count, int) or self.count < 0:
             raise ConfigurationError(f"event.count: must be a whole number and at least 0, got {self.count}")
 
-    def dp_event(self) -> dp_accounting.DpEvent:
+    def dp_event(self) -> "dp_accounting.DpEvent":
         """Translate to dp_accounting's terms."""
+        import dp_accounting  # noqa: PLC0415 - imports all of SciPy
+
         gaussian = dp_accounting.GaussianDpEvent(self.noise_multiplier)
         sampled = dp_accounting.PoissonSampledDpEvent(self.sampling_probability, gaussian)
         return dp_accounting.SelfComposedDpEvent(sampled, self.count)
@@ -217,6 +220,9 @@ def _powers(noise_multiplier: float, sampling_probability: float, grid: float) -
     dp_accounting's own way to compose n equal releases looks for the bounds of the result first, which takes longer
     than to compose a few.
     """
+    # imports all of SciPy, half a second that plans by quick bounds do without
+    from dp_accounting.pld import privacy_loss_distribution  # noqa: PLC0415
+
     return [
         privacy_loss_distribution.from_gaussian_mechanism(
             noise_multiplier, value_discretization_interval=grid, sampling_prob=sampling_probability

@@ -26,7 +26,12 @@ from client.launcher import SOCKET_VARIABLE, main
 from client.programs import asking
 
 # What answering imports.
-_IMPORTED = ("flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli", "client.app")
+_IMPORTED = (
+    "flwr.supernode.runtime.run_clientapp",
+    "flwr.supernode.cli",
+    "client.app",
+    "dp_accounting.pld.privacy_loss_distribution",
+)
 _TICK_SECONDS = 0.05
 _LOOK_SECONDS = 2.0
 
