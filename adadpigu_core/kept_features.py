@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from adadpigu_core import front_ends, scattering
 from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import ConfigurationError
 
 FOLDER_VARIABLE = "ADADPIGU_FEATURES_DIR"
 
@@ -27,6 +29,19 @@ def folder() -> Path | None:
     """Where features are kept; None = nowhere."""
     named = os.environ.get(FOLDER_VARIABLE)
     return Path(named).expanduser() if named else None
+
+
+@contextlib.contextmanager
+def keeping_in(place: Path) -> Iterator[None]:
+    """Keep features in a folder, here and in processes that are started meanwhile, unless the user names another."""
+    if folder() is not None:
+        yield
+        return
+    os.environ[FOLDER_VARIABLE] = str(place.absolute())
+    try:
+        yield
+    finally:
+        del os.environ[FOLDER_VARIABLE]
 
 
 def public_features(front_end: str, records: Records) -> Records:
@@ -39,7 +54,7 @@ def public_features(front_end: str, records: Records) -> Records:
         records: Public.
 
     Raises:
-        ConfigurationError: If the front end does not take records of this shape.
+        ConfigurationError: If the front end does not take records of this shape, or the folder cannot be written.
     """
     place = folder()
     if front_end == front_ends.RAW or place is None:
@@ -49,7 +64,13 @@ def public_features(front_end: str, records: Records) -> Records:
     found = _read(path, shape)
     if found is None:
         found = front_ends.features(front_end, records.features)
-        _write(path, found)
+        try:
+            _write(path, found)
+        except OSError as error:
+            remedy = "name a folder with room, or none"
+            raise ConfigurationError(
+                f"{FOLDER_VARIABLE}: cannot keep features in {place} ({error}); {remedy}"
+            ) from error
     return Records(found, records.labels)
 
 

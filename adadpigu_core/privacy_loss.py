@@ -220,8 +220,7 @@ def _powers(noise_multiplier: float, sampling_probability: float, grid: float) -
     dp_accounting's own way to compose n equal releases looks for the bounds of the result first, which takes longer
     than to compose a few.
     """
-    # imports all of SciPy, half a second that plans by quick bounds do without
-    from dp_accounting.pld import privacy_loss_distribution  # noqa: PLC0415
+    from dp_accounting.pld import privacy_loss_distribution  # noqa: PLC0415 - imports all of SciPy, and plans do without
 
     return [
         privacy_loss_distribution.from_gaussian_mechanism(

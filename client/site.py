@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +285,7 @@ def _deployed(settings: tuple[tuple[str, Value], ...], limits: Limits) -> Site:
         data_set=data_set_name(node_config),
         ledger=ledger_path(node_config),
         limits=limits,
-        under=lru_cache(maxsize=1)(partial(applied, records=here)),
+        under=cache(partial(applied, records=here)),
         num_records=int(node_config.get("num-records", len(records))),
         num_classes=None if classes is None else int(classes),
         simulation_key=None,

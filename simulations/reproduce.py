@@ -16,6 +16,7 @@ from typing import Any
 
 from adadpigu_core.configuration import Value, flatten, parse
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.kept_features import keeping_in
 from adadpigu_core.settings_file import read_toml
 from server.run_folder import CONFIGURATION, RESULT, RunFolder
 from simulations import table_report
@@ -24,7 +25,7 @@ from simulations.simulate import prepare, read_settings, resolved, resume, simul
 from simulations.tables import Method, Row, Table
 
 Watch = Callable[[int, int], AbstractContextManager[Progressing]]
-MARKDOWN, JSON = "table.md", "table.json"
+MARKDOWN, JSON, FEATURES = "table.md", "table.json", "features"
 # where and how a run was carried out is no part of what was run
 _ANYWHERE = ("runtime.", "federation.clients", "federation.round-timeout", "federation.start-timeout")
 
@@ -65,12 +66,13 @@ def reproduce(table: Table, seeds: int, jobs: int, output: Path, watch: Watch, s
     """
     planned = runs(table, seeds, output)
     missing = [run for run in planned if not _is_done(run)]
-    if jobs > 1:
-        _side_by_side(missing, jobs, say)
-    else:
-        for run in missing:
-            say(run.title)
-            _carry_out(run, watch)
+    with keeping_in(output / FEATURES):
+        if jobs > 1:
+            _side_by_side(missing, jobs, say)
+        else:
+            for run in missing:
+                say(run.title)
+                _carry_out(run, watch)
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in planned:
         result = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))

@@ -1,6 +1,5 @@
 """The command ``adadpigu reproduce``: tables of results, made again."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -55,12 +54,10 @@ def reproduce(
 
 
 def _make(console: Console, table: "tables.Table", seeds: int, jobs: int, output: Path | None) -> None:
-    from adadpigu_core.kept_features import FOLDER_VARIABLE
     from simulations.display import progressing
     from simulations.reproduce import reproduce as make
 
     folder = output or Path("runs") / f"table-{table.name}"
-    os.environ.setdefault(FOLDER_VARIABLE, str((folder / "features").absolute()))
     text = make(table, seeds, jobs, folder, partial(progressing, console), partial(console.print, highlight=False))
     console.print(text, markup=False, soft_wrap=True, highlight=False)
 

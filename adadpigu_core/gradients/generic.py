@@ -72,7 +72,7 @@ class Copies:
                 # where torch has no rule for many records at once it takes one after the other: slow, but right
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                 return self._vectorised(module, args, kwargs)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except (RuntimeError, ValueError) as error:
             text = (
                 f"module {path or '(the model itself)'} is a {type(module).__name__}, whose gradients of single "
                 f"records can be computed neither by a rule nor by torch.func; replace it, or register a rule"

@@ -6,7 +6,9 @@ import torch
 
 from adadpigu_core import front_ends, kept_features
 from adadpigu_core.datasets import Records
-from adadpigu_core.kept_features import FOLDER_VARIABLE, public_features
+from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.kept_features import FOLDER_VARIABLE, keeping_in, public_features
+from adadpigu_core.kept_features import folder as folder_of_features
 
 
 def records(seed=0, n=3):
@@ -84,6 +86,29 @@ def test_a_failed_write_leaves_nothing_behind(folder, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ConfigurationError, match=f"{FOLDER_VARIABLE}.*disk full.*name a folder"):
         public_features("scattering", records())
     assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_is_an_error_that_names_the_variable(folder):
+    folder.write_text("a file")
+    with pytest.raises(ConfigurationError, match=FOLDER_VARIABLE):
+        public_features("scattering", records())
+
+
+def test_files_are_for_their_owner_alone(folder):
+    public_features("scattering", records())
+    (path,) = folder.iterdir()
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_is_named_for_a_while_and_the_user_has_the_say(tmp_path, monkeypatch):
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    with keeping_in(tmp_path):
+        assert folder_of_features() == tmp_path
+    assert folder_of_features() is None
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "own"))
+    with keeping_in(tmp_path):
+        assert folder_of_features() == tmp_path / "own"
+    assert folder_of_features() == tmp_path / "own"

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+import client.site
 from adadpigu_core import front_ends
+from adadpigu_core.kept_features import FOLDER_VARIABLE
 from adadpigu_core.models import ModelSpec, build, fingerprint
 from adadpigu_core.parameters import ParameterLayout, flatten
+from client.site import site
 
 SPEC = ModelSpec("linear", "relu", "none", (1, 8, 8), 3, features="scattering")
 
@@ -31,6 +34,38 @@ def test_the_network_sees_the_features(images):
     assert type(described(images)).__name__ == "Description"
     reply = images.train(**asked())
     assert len(reply.update) == 3 * (81 * 2 * 2 + 1)
+
+
+def test_a_client_that_owns_records_keeps_no_features_on_disk(images, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    monkeypatch.setenv(FOLDER_VARIABLE, str(kept))
+    described(images)
+    images.train(**asked())
+    assert not kept.exists()
+
+
+def test_simulated_clients_take_their_share_of_what_is_kept(tmp_path, monkeypatch):
+    settings = {"task.dataset": "digits", "federation.num-clients": 3, "runtime.output": str(tmp_path)}
+    node = {"partition-id": 1, "num-partitions": 3, "simulation": True}
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    forget()
+    own = site(node, settings, 1)
+    wanted = own.under("scattering")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "kept"))
+    forget()
+    for _ in range(2):  # made, then read
+        found = site(node, settings, 1).under("scattering")
+        assert torch.allclose(found.features, wanted.features, atol=1e-5)
+        assert torch.equal(found.labels, wanted.labels)
+        assert len(list((tmp_path / "kept").iterdir())) == 1
+        forget()
+    assert site(node, settings, 1).under("raw") is own.records
+
+
+def forget():
+    """As a new process would, which still holds the records."""
+    client.site._features_of.cache_clear()
+    client.site._all_features.cache_clear()
 
 
 def test_views_are_drawn_by_the_client_and_cost_no_more(images):

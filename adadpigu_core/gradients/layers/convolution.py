@@ -167,7 +167,8 @@ class Patches(Filters):
     def restored(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Bring back the order of the parameter."""
         out, channels, height, width = shape
-        return values.unflatten(-1, (out, height, width, channels)).movedim(-1, -3)  # type: ignore[no-untyped-call, no-any-return]
+        values = values.unflatten(-1, (out, height, width, channels))  # type: ignore[no-untyped-call]  # of torch
+        return values.movedim(-1, -3)
 
 
 @dataclass
