@@ -146,7 +146,7 @@ def _release(total: Tensor, given: Standardisation, mechanism: Mechanism, random
     """Add the noise and map back, in place and inside the cache; frozen coordinates may have any mean and scale."""
     for part, retained in given.pieces():
         noisy = add_gaussian_noise(total[part].double(), retained, mechanism.sum_noise_stddev, randomness)
-        noisy.mul_(given.scale_of(part)).div_(mechanism.expected_batch_size)
+        noisy.mul_(given.scale_of(part) / mechanism.expected_batch_size)
         if given.centred:
             noisy.index_add_(0, retained, given.mean[part].index_select(0, retained).double())
         total[part].copy_(noisy)

@@ -9,7 +9,6 @@ keys from the operating system and is what a deployed client uses: nobody can pr
 """
 
 import hashlib
-import math
 import operator
 import os
 from collections.abc import Iterator
@@ -21,8 +20,9 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
+from adadpigu_core.box_muller import standard_normals
+
 Vector = NDArray[np.float64]
-_CHUNK = 16_384  # pairs of normal variates at a time, inside the cache
 
 
 class Randomness(Protocol):
@@ -53,22 +53,15 @@ class SystemRandomness:
         return _uniform(self._bits(size))
 
     def normal(self, size: int) -> Vector:
-        """Draw ``size`` standard normal variates by the Box-Muller transform."""
-        bits = self._bits(size + size % 2)
-        values = torch.empty(len(bits), dtype=torch.float64)
-        for start in range(0, len(bits), 2 * _CHUNK):
-            part = torch.from_numpy(_uniform(bits[start : start + 2 * _CHUNK]))  # whose functions are faster
-            half = len(part) // 2
-            radius = part[:half].neg_().log1p_().mul_(-2.0).sqrt_()
-            angle = part[half:].mul_(2.0 * math.pi)
-            torch.mul(radius, angle.cos(), out=values[start : start + half])
-            torch.mul(radius, angle.sin_(), out=values[start + half : start + 2 * half])
-        return values[:size].numpy()
+        """Draw ``size`` standard normal variates."""
+        return standard_normals(self._bits(size + size % 2))[:size]
 
     @staticmethod
     def _bits(size: int) -> NDArray[np.uint64]:
         stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
-        return np.frombuffer(stream.update(bytes(8 * size)), dtype=np.uint64)
+        bits = np.empty(size, dtype=np.uint64)
+        stream.update_into(bytes(8 * size), bits.view(np.uint8).data)
+        return bits
 
     def torch_seed(self) -> int:
         """Draw a 63-bit seed."""
@@ -93,8 +86,8 @@ class SeededRandomness:
         return self._generator.random(size)
 
     def normal(self, size: int) -> Vector:
-        """Draw ``size`` standard normal variates."""
-        return self._generator.standard_normal(size)
+        """Draw ``size`` standard normal variates, in the way that a deployed client does."""
+        return standard_normals(self._generator.bit_generator.random_raw(size + size % 2))[:size]
 
     def torch_seed(self) -> int:
         """Draw a 63-bit seed."""

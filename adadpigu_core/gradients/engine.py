@@ -200,8 +200,8 @@ class _Pass:
         """Mean loss over the views of each record, [n]."""
         count, per_record = views.shape[:2]
         rows = views.flatten(0, 1)
-        if rows.dim() == 4:
-            rows = rows.contiguous(memory_format=torch.channels_last)
+        if rows.dim() == 4 and any(parameter.dim() == 4 for parameter in self._task.model.parameters()):
+            rows = rows.contiguous(memory_format=torch.channels_last)  # which filters like, and nothing else does
         with copies.in_place(), recorder:
             outputs = self._outputs(rows)
         losses = losses_of(self._task.loss, outputs, labels.repeat_interleave(per_record))

@@ -1,0 +1,49 @@
+"""Standard normal variates from random bits, in float64.
+
+Box and Muller's transform of two numbers u in (0, 1] and v in [0, 1), each a multiple of 2^-52:
+
+    sqrt(-2 log u) cos(2 pi v)      and      sqrt(-2 log u) sin(2 pi v)
+
+The largest variate is 8.5; a normal one is larger with probability 2e-17.
+"""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adadpigu_core.compiled import loops
+
+_CHUNK = 65_536  # variates at a time, inside the cache
+_FRACTION = 2**52 - 1  # the bits of a float64 behind the point
+_ONE = 1023 << 52  # those of 1.0
+
+
+def standard_normals(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Turn random bits into independent standard normal variates.
+
+    Args:
+        bits: Uniform, uint64 [n], n even; the twelve highest of each are not used.
+
+    Returns:
+        Float64 [n].
+    """
+    values = np.empty(len(bits), dtype=np.float64)
+    compiled = loops()
+    transform = _transform if compiled is None else compiled.box_muller
+    for start in range(0, len(bits), _CHUNK):
+        transform(bits[start : start + _CHUNK], values[start : start + _CHUNK])
+    return values
+
+
+def _transform(bits: NDArray[np.uint64], values: NDArray[np.float64]) -> None:
+    """Turn the first half of some bits into u and the second into v, and write cosines and then sines to ``values``."""
+    half = len(bits) // 2
+    # a fraction behind a one is a number in [1, 2)
+    numbers = torch.from_numpy(bits.view(np.int64)).bitwise_and(_FRACTION).bitwise_or_(_ONE).view(torch.float64)
+    radius = numbers[:half].neg_().add_(2.0).log_().mul_(-2.0).sqrt_()
+    angle = numbers[half:].mul_(2.0 * math.pi)
+    target = torch.from_numpy(values)
+    torch.cos(angle, out=target[:half]).mul_(radius)
+    torch.sin(angle, out=target[half:]).mul_(radius)
