@@ -6,20 +6,24 @@ are as private as the record and cost nothing. They are computed once, not in ev
 
     raw          the record as it is
     scattering   wavelet scattering of images (`scattering`), each record's features normalised in groups of channels
+    scattering-strokes   these along the axes on which made-up drawings differ (`strokes`), for handwriting and the like
 
-Left out: features that were trained on anything.
+Left out: features that were trained on anybody's data.
 """
+
+import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adadpigu_core import scattering
+from adadpigu_core import scattering, strokes
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
 
-RAW, SCATTERING = "raw", "scattering"
-FEATURES = (RAW, SCATTERING)
+RAW, SCATTERING, STROKES = "raw", "scattering", "scattering-strokes"
+FEATURES = (RAW, SCATTERING, STROKES)
 _LEAST_SIZE = 8
 _GROUPS = 9  # of the 81 channels of scattering
 _PIECE = 256
@@ -36,27 +40,43 @@ def feature_shape(name: str, input_shape: tuple[int, ...]) -> tuple[int, ...]:
     stride = scattering.STRIDE
     if len(input_shape) != 3 or any(size < _LEAST_SIZE or size % stride for size in input_shape[1:]):
         raise ConfigurationError(
-            f"features: scattering takes images whose sides are multiples of {stride} and at least {_LEAST_SIZE}, "
+            f"features: {name} takes images whose sides are multiples of {stride} and at least {_LEAST_SIZE}, "
             f"not records of shape {input_shape}; use raw"
         )
     channels, height, width = input_shape
-    return channels * scattering.CHANNELS, height // stride, width // stride
+    maps = scattering.CHANNELS, height // stride, width // stride
+    if name == STROKES:
+        return (channels * strokes.num_axes(math.prod(maps)),)
+    return channels * maps[0], *maps[1:]
 
 
 def features(name: str, raw: Tensor) -> Tensor:
     """Features of records [n, *input_shape], each a function of that record alone; float32 [n, *feature_shape].
 
-    A record's features have mean 0 and mean square 1 in each group of channels, whatever its contrast, so that no
-    setting depends on the data set.
+    Scattering features have mean 0 and mean square 1 in each group of channels, whatever a record's contrast, so that
+    no setting depends on the data set.
     """
     if name == RAW:
         return raw
-    shape = feature_shape(name, tuple(raw.shape[1:]))
-    found = torch.empty(len(raw), *shape, device=raw.device)
+    found = torch.empty(len(raw), *feature_shape(name, tuple(raw.shape[1:])), device=raw.device)
     for start in range(0, len(raw), _PIECE):
-        piece = scattering.scatter(raw[start : start + _PIECE])
-        found[start : start + _PIECE] = F.group_norm(piece, _GROUPS * raw.shape[1], eps=1e-12)
+        part = slice(start, start + _PIECE)
+        normalised = _scattered(raw[part])
+        if name == STROKES:
+            by_channel = normalised.view(*raw[part].shape[:2], -1)
+            normalised = _axes(*raw.shape[2:]).project(by_channel).flatten(1)
+        found[part] = normalised
     return found
+
+
+def _scattered(raw: Tensor) -> Tensor:
+    return F.group_norm(scattering.scatter(raw), _GROUPS * raw.shape[1], eps=1e-12)
+
+
+@lru_cache(maxsize=4)
+def _axes(height: int, width: int) -> strokes.Axes:
+    """Axes for one channel of an image of this size."""
+    return strokes.axes(_scattered(strokes.drawings(height, width)).flatten(1).numpy())
 
 
 def applied(name: str, records: Records) -> Records:

@@ -90,10 +90,10 @@ def scatter(images: Tensor) -> Tensor:
     """Scatter images.
 
     Args:
-        images: float32 [n, channels, height, width], height and width multiples of 4 and at least 8.
+        images: float32 or float64 [n, channels, height, width], height and width multiples of 4 and at least 8.
 
     Returns:
-        float32 [n, channels * 81, height / 4, width / 4].
+        The same type, [n, channels * 81, height / 4, width / 4].
     """
     n, channels, height, width = images.shape
     flat = images.reshape(n * channels, height, width)
@@ -105,7 +105,7 @@ def scatter(images: Tensor) -> Tensor:
 def _scatter(images: Tensor) -> Tensor:
     """Scatter some images [n, h, w] to [n, 81, h / 4, w / 4]."""
     padded = F.pad(images[:, None], (STRIDE,) * 4, mode="reflect")[:, 0]
-    fine, coarse = (each.to(images.device) for each in filters(*padded.shape[1:]).wavelets)
+    fine, coarse = (each.to(images) for each in filters(*padded.shape[1:]).wavelets)
     spectrum = torch.fft.fft2(padded)[:, None]
     first = torch.fft.ifft2(spectrum * fine).abs()
     second = _every_other(spectrum * coarse).abs()
@@ -124,7 +124,7 @@ def _smooth(maps: Tensor, sampled: int) -> Tensor:
     """Convolve [n, c, h, w], sampled every so many pixels, with the low pass; cut the padding off, sample at 2^J."""
     stddev = _WIDTH * 2.0 ** (SCALES - 1)
     rows, columns = (_low_pass_matrix(size, sampled, stddev) for size in maps.shape[-2:])
-    return rows.to(maps.device) @ maps @ columns.T.to(maps.device)
+    return rows.to(maps) @ maps @ columns.T.to(maps)
 
 
 @lru_cache(maxsize=32)

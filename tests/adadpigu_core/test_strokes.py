@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from adadpigu_core import front_ends, strokes
+from adadpigu_core.augmentation import Views
+from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.front_ends import STROKES, feature_shape, features
+
+
+def raw(count, *shape):
+    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (28, 28), (12, 32)])
+def test_drawings_are_strokes_on_black_and_always_the_same(height, width):
+    drawn = strokes.drawings(height, width)
+    assert drawn.shape == (1000, 1, height, width)
+    assert drawn.dtype == torch.float64
+    assert float(drawn.min()) == 0
+    assert float(drawn.max()) <= 1
+    inked = (drawn > 0.5).double().mean((1, 2, 3))
+    assert float(inked.min()) > 0.01
+    assert float(inked.max()) < 0.6
+    assert len({picture.numpy().tobytes() for picture in drawn}) == 1000
+    assert torch.equal(drawn, strokes.drawings(height, width))
+
+
+def test_axes_are_principal_and_divided_by_the_cube_roots_of_their_variances():
+    """Against the covariance matrix and its eigenvectors."""
+    generator = np.random.default_rng(0)
+    spread = np.linspace(3, 0.5, 48)
+    samples = generator.standard_normal((500, 48)) * spread + generator.standard_normal(48)
+    found = strokes.axes(samples)
+    assert found.projection.shape == (48, 6)
+    variances, vectors = np.linalg.eigh(np.cov(samples.T))
+    variances, vectors = variances[::-1][:6], vectors[:, ::-1][:, :6]
+    wanted = vectors * variances ** (-1 / 3)
+    wanted *= np.sqrt(6 / np.square((samples - samples.mean(0)) @ wanted).sum(1).mean())
+    ours = found.projection.double().numpy()
+    wanted *= np.sign((ours * wanted).sum(0))
+    np.testing.assert_allclose(ours, wanted, rtol=1e-2, atol=2e-3)
+    projected = found.project(torch.from_numpy(samples).float())
+    assert float(projected.mean(0).abs().max()) < 1e-5
+    assert float(projected.square().sum(1).mean()) == pytest.approx(6, rel=0.01)
+
+
+def test_features_of_drawings_are_centred_and_of_mean_square_one():
+    found = features(STROKES, strokes.drawings(28, 28).float())
+    assert found.shape == (1000, 384)
+    assert float(found.mean(0).abs().max()) < 1e-4
+    assert float(found.square().mean()) == pytest.approx(1, rel=0.01)
+    covariance = found.T.cov()
+    variances = covariance.diagonal()
+    assert float((covariance - variances.diag()).abs().max()) < 1e-3 * float(variances.max())
+    assert bool((variances[1:] <= variances[:-1] * 1.001).all()), "the axes come in order"
+
+
+def test_all_machines_find_the_same_axes():
+    """What rounding does to features of drawings moves an image's features by no more than rounding does."""
+    exact = front_ends._scattered(strokes.drawings(8, 8)).flatten(1).numpy()
+    noise = np.random.default_rng(0).standard_normal(exact.shape)
+    images = front_ends._scattered(raw(50, 1, 8, 8)).flatten(1)
+    one, other = (strokes.axes(values).project(images) for values in (exact, exact * (1 + 1e-12 * noise)))
+    assert float((one - other).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_and_records_stand_for_themselves(channels):
+    images = raw(front_ends._PIECE + 3, channels, 8, 8)
+    together = features(STROKES, images)
+    assert together.shape[1:] == feature_shape(STROKES, (channels, 8, 8)) == (40 * channels,)
+    for index in (0, len(images) - 1):
+        alone = features(STROKES, images[index : index + 1])
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_no_more_axes_than_the_features_bear():
+    assert feature_shape(STROKES, (1, 28, 28)) == (384,)
+    assert feature_shape(STROKES, (1, 16, 16)) == (162,)
+
+
+def test_a_blank_image_has_finite_features():
+    assert bool(torch.isfinite(features(STROKES, torch.zeros(2, 1, 28, 28))).all())
+
+
+def test_records_without_two_dimensions_are_refused():
+    with pytest.raises(ConfigurationError, match="scattering-strokes takes images"):
+        feature_shape(STROKES, (64,))
+
+
+def test_features_along_axes_cannot_be_shifted():
+    with pytest.raises(ConfigurationError, match="shifts"):
+        Views(4, "shifts").check(feature_shape(STROKES, (1, 28, 28)))
