@@ -16,7 +16,7 @@ from adadpigu_core.gradients.recorder import Argument, Layer, Recorder, register
 from adadpigu_core.gradients.transform import Block
 from adadpigu_core.gradients.uses import UNDERFLOW, Factors, SquaredNorms, Use
 
-_CHUNK_FLOATS = 1_000_000
+_CHUNK_FLOATS = 250_000
 
 
 class Lookup(Use):
@@ -24,57 +24,40 @@ class Lookup(Use):
 
     Args:
         tokens: Int64 [n, T].
-        errors: Gradients of the rows, float32 [n, T, D].
+        errors: Gradients of the outputs, float32 [n, T, D].
         num_rows: Rows of the table.
     """
 
     def __init__(self, tokens: Tensor, errors: Tensor, num_rows: int) -> None:
         self.tokens = tokens
-        self.errors = errors
+        self.rows, self.again = _added_up(tokens, errors)
         self.num_rows = num_rows
         self.num_records, self.positions = tokens.shape
         self.held = tokens[:1].numel() + errors[:1].numel()
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Gradients of some records, each of the table's size."""
-        tokens, errors = self.tokens[start:stop], self.errors[start:stop]
+        tokens, rows = self.tokens[start:stop], self.rows[start:stop]
         first = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * self.num_rows
-        flat = errors.new_zeros(len(tokens) * self.num_rows, errors.shape[2])
-        flat.index_add_(0, (tokens + first).flatten(), errors.flatten(0, 1))
+        flat = rows.new_zeros(len(tokens) * self.num_rows, rows.shape[2])
+        flat.index_add_(0, (tokens + first).flatten(), rows.flatten(0, 1))
         return flat.view(len(tokens), -1)
 
     def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
         """Add the sum of c_i g_i, from the very rows that were measured."""
-        for records in self._chunks():
-            rows, _ = self._rows(records)
-            part = Factors(factors.values[records], None if factors.broken is None else factors.broken[records])
-            total.index_add_(0, self.tokens[records].flatten(), part.apply(rows).flatten(0, 1))
+        total.index_add_(0, self.tokens.flatten(), factors.apply(self.rows).flatten(0, 1))
 
     def squared_norms(self, block: Block) -> SquaredNorms:
         """Touch only the rows that occur: the others give the offset."""
-        values = torch.empty(self.num_records, dtype=torch.float64, device=self.errors.device)
-        for records in self._chunks():
-            values[records] = self._squares(records, block)
-        return SquaredNorms(values + block.offset, block.inverse_scale.numel() * UNDERFLOW)
+        squares = [self._squares(records, block) for records in _chunks(self.rows)]
+        return SquaredNorms(torch.cat(squares) + block.offset, block.inverse_scale.numel() * UNDERFLOW)
 
     def forget(self) -> None:
-        """Let go of the output gradients."""
-        self.errors = self.errors.new_empty(0)
-
-    def _chunks(self) -> Iterable[slice]:
-        chunk = max(1, _CHUNK_FLOATS // (self.positions * max(self.positions, self.errors.shape[2])))
-        return (slice(start, start + chunk) for start in range(0, self.num_records, chunk))
-
-    def _rows(self, records: slice) -> tuple[Tensor, Tensor]:
-        """Gradient of the row of each token where it stands first, zero where it stands again, and where that is."""
-        tokens = self.tokens[records]
-        equal = tokens.unsqueeze(1) == tokens.unsqueeze(2)
-        again = equal.tril(-1).any(2)
-        return torch.bmm(equal.float(), self.errors[records]).masked_fill_(again.unsqueeze(2), 0.0), again
+        """Let go of the rows."""
+        self.rows = self.rows.new_empty(0)
 
     def _squares(self, records: slice, block: Block) -> Tensor:
-        tokens = self.tokens[records]
-        rows, again = self._rows(records)
+        tokens, rows = self.tokens[records], self.rows[records]
         inverse_scale = block.inverse_scale[tokens]
         if block.mean is None:
             squares = (rows * inverse_scale).square().sum(2)
@@ -83,7 +66,27 @@ class Lookup(Use):
             # in float64, so that what the offset counts for these rows is taken off to the last bit
             without = (mean * inverse_scale).double().square().sum(2)
             squares = ((rows - mean) * inverse_scale).square().sum(2) - without
-        return squares.masked_fill(again, 0.0).sum(1, dtype=torch.float64)
+        return squares.masked_fill(self.again[records], 0.0).sum(1, dtype=torch.float64)
+
+
+def _added_up(tokens: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the row of each token where it stands first, zero where it stands again, and where that is."""
+    ordered = tokens.sort(1).values
+    if tokens.device.type == "cpu" and not bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        return errors, torch.zeros_like(tokens, dtype=torch.bool)
+    rows, again = torch.empty_like(errors), torch.empty_like(tokens, dtype=torch.bool)
+    for records in _chunks(errors):
+        equal = tokens[records].unsqueeze(1) == tokens[records].unsqueeze(2)
+        again[records] = equal.tril(-1).any(2)
+        torch.bmm(equal.float(), errors[records], out=rows[records])
+    return rows.masked_fill_(again.unsqueeze(2), 0.0), again
+
+
+def _chunks(errors: Tensor) -> Iterable[slice]:
+    """Some records at a time, of [n, T, D]: what is T x T or T x D of each stays inside the cache."""
+    count, positions, width = errors.shape
+    chunk = max(1, _CHUNK_FLOATS // max(1, positions * max(positions, width)))
+    return (slice(start, start + chunk) for start in range(0, count, chunk))
 
 
 @dataclass
