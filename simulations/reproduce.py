@@ -7,6 +7,8 @@ Runs may work side by side, each in a process of its own with its own workers.
 
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
@@ -125,7 +127,8 @@ def _carry_out(run: Run, watch: Watch) -> None:
 
 def _side_by_side(missing: list[Run], jobs: int, say: Callable[[str], None]) -> None:
     """Carry out runs in processes of their own; the first that fails ends the table, once the others are over."""
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         waiting = {pool.submit(_carry_out_unseen, run): run for run in missing}
         try:
             for number, future in enumerate(as_completed(waiting), start=1):
@@ -134,6 +137,18 @@ def _side_by_side(missing: list[Run], jobs: int, say: Callable[[str], None]) -> 
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """See to it that this process ends when the one that started it is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101  # for the type checker: only the pool calls this
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _carry_out_unseen(run: Run) -> None:

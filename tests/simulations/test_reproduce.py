@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,8 +12,8 @@ import pytest
 
 from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
-from server.run_folder import RESULT
-from simulations import table_report, tables
+from server.run_folder import METRICS, RESULT
+from simulations import process_tree, table_report, tables
 from simulations.reproduce import JSON, reproduce, runs
 from simulations.simulate import read_settings
 
@@ -122,6 +125,26 @@ def test_runs_side_by_side_give_the_same_table(small, tmp_path):
     beside = reproduce(table, 1, 2, tmp_path / "beside", unseen, said.append)
     assert sorted(line.partition(" ")[0] for line in said) == ["1/2", "2/2"]
     assert beside == reproduce(table, 1, 1, tmp_path / "one-by-one", unseen, said.append)
+
+
+@pytest.mark.slow
+def test_nothing_goes_on_when_the_command_is_killed(small, tmp_path):
+    (tmp_path / "small.toml").write_text(SETTINGS.replace("num-rounds = 2", "num-rounds = 100000"))
+    command = [sys.executable, "-m", "simulations.command_line", "reproduce", small, "--seeds", "1", "--jobs", "2"]
+    with subprocess.Popen([*command, "--output", str(tmp_path / "runs")], stdout=subprocess.DEVNULL) as parent:
+        metrics = [tmp_path / "runs" / f"small-{method}-seed-0" / METRICS for method in ("adadpigu", "dp-sgd")]
+        _wait_until(lambda: all(file.exists() for file in metrics))
+        family = process_tree.descendants(parent.pid) - {parent.pid}
+        parent.kill()
+    assert len(family) >= 4, "two runs and a worker of each"
+    _wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family))
+
+
+def _wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_the_p_value_is_that_of_the_paired_test():
