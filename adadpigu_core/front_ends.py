@@ -6,7 +6,8 @@ are as private as the record and cost nothing. They are computed once, not in ev
 
     raw          the record as it is
     scattering   wavelet scattering of images (`scattering`), each record's features normalised in groups of channels
-    scattering-strokes   these along the axes on which made-up drawings differ (`strokes`), for handwriting and the like
+    scattering-strokes   these of upright pictures, along the axes on which made-up drawings differ (`strokes`), for
+                         handwriting and the like
 
 Left out: features that were trained on anybody's data.
 """
@@ -60,13 +61,14 @@ def features(name: str, raw: Tensor) -> Tensor:
         return raw
     found = torch.empty(len(raw), *feature_shape(name, tuple(raw.shape[1:])), device=raw.device)
     for start in range(0, len(raw), _PIECE):
-        part = slice(start, start + _PIECE)
-        normalised = _scattered(raw[part])
-        if name == STROKES:
-            by_channel = normalised.view(*raw[part].shape[:2], -1)
-            normalised = _axes(*raw.shape[2:]).project(by_channel).flatten(1)
-        found[part] = normalised
+        piece = raw[start : start + _PIECE]
+        found[start : start + _PIECE] = _along_strokes(piece) if name == STROKES else _scattered(piece)
     return found
+
+
+def _along_strokes(raw: Tensor) -> Tensor:
+    by_channel = _scattered(strokes.upright(raw)).reshape(*raw.shape[:2], -1)
+    return _axes(*raw.shape[2:]).project(by_channel).flatten(1)
 
 
 def _scattered(raw: Tensor) -> Tensor:
@@ -76,7 +78,8 @@ def _scattered(raw: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def _axes(height: int, width: int) -> strokes.Axes:
     """Axes for one channel of an image of this size."""
-    return strokes.axes(_scattered(strokes.drawings(height, width)).flatten(1).numpy())
+    pictures = strokes.upright(strokes.drawings(height, width))
+    return strokes.axes(_scattered(pictures).flatten(1).numpy())
 
 
 def applied(name: str, records: Records) -> Records:

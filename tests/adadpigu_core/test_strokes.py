@@ -58,7 +58,7 @@ def test_features_of_drawings_are_centred_and_of_mean_square_one():
 
 def test_all_machines_find_the_same_axes():
     """What rounding does to features of drawings moves an image's features by no more than rounding does."""
-    exact = front_ends._scattered(strokes.drawings(8, 8)).flatten(1).numpy()
+    exact = front_ends._scattered(strokes.upright(strokes.drawings(8, 8))).flatten(1).numpy()
     noise = np.random.default_rng(0).standard_normal(exact.shape)
     images = front_ends._scattered(raw(50, 1, 8, 8)).flatten(1)
     one, other = (strokes.axes(values).project(images) for values in (exact, exact * (1 + 1e-12 * noise)))
@@ -92,3 +92,52 @@ def test_records_without_two_dimensions_are_refused():
 def test_features_along_axes_cannot_be_shifted():
     with pytest.raises(ConfigurationError, match="shifts"):
         Views(4, "shifts").check(feature_shape(STROKES, (1, 28, 28)))
+
+
+def blob(size, row, column, lean=0.0):
+    """A soft stroke through a place, which moves ``lean`` columns a row."""
+    rows, columns = torch.meshgrid(torch.arange(size).double(), torch.arange(size).double(), indexing="ij")
+    axis = column + lean * (rows - row)
+    return torch.exp(-((columns - axis) ** 2) / 4 - (rows - row) ** 2 / 20)[None, None]
+
+
+def moments(picture):
+    """Centre of the ink, and columns that it drifts a row."""
+    share = picture[0].sum(0) / picture.sum()
+    places = torch.arange(len(share)).double()
+    row, column = (share.sum(1) * places).sum(), (share.sum(0) * places).sum()
+    rows, columns = places[:, None] - row, places[None, :] - column
+    return float(row), float(column), float((share * rows * columns).sum() / (share * rows**2).sum())
+
+
+@pytest.mark.parametrize("lean", [-0.8, 0.0, 0.5])
+@pytest.mark.parametrize(("row", "column"), [(13.5, 13.5), (11.0, 16.25)])
+def test_pictures_are_centred_and_put_upright(lean, row, column):
+    before = blob(28, row, column, lean)
+    assert moments(before)[2] == pytest.approx(lean, abs=0.02)
+    found = moments(strokes.upright(before))
+    assert found == pytest.approx((13.5, 13.5, 0.0), abs=0.03)
+
+
+def test_an_upright_picture_in_the_middle_stays_as_it_is():
+    picture = blob(28, 13.5, 13.5)
+    torch.testing.assert_close(strokes.upright(picture), picture - picture.min(), rtol=0, atol=1e-6)
+
+
+def test_what_lies_around_counts_as_no_ink():
+    picture = blob(28, 12, 15, 0.4)
+    torch.testing.assert_close(strokes.upright(3 * picture - 1), 3 * strokes.upright(picture), rtol=1e-6, atol=1e-6)
+
+
+def test_channels_move_together():
+    picture = blob(28, 12, 15, 0.4)
+    both = strokes.upright(torch.cat([picture, 0.5 * picture], 1))
+    torch.testing.assert_close(both[:, :1], strokes.upright(picture), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(both[:, 1], 0.5 * both[:, 0], rtol=1e-6, atol=1e-6)
+
+
+def test_features_forget_where_and_how_slanted_a_drawing_is():
+    one = features(STROKES, blob(28, 13.5, 13.5).float())
+    other = features(STROKES, blob(28, 12, 15.5, 0.5).float())
+    apart = features(STROKES, blob(28, 13.5, 13.5).float().transpose(2, 3))
+    assert float((one - other).norm()) < 0.3 * float((one - apart).norm())
