@@ -157,7 +157,7 @@ class ShrinkageSettings:
 class OptimiserSettings:
     """How released gradients move the weights; all of it is post-processing."""
 
-    local_learning_rate: float = _setting(0.1, "rate of a client's private steps; 0: from the plan", least=0)
+    local_learning_rate: float = _setting(0.0, "rate of a client's private steps; 0: from the plan", least=0)
     server_learning_rate: float = _setting(1.0, "rate at which the mean update is applied", above=0)
     name: str = _setting("sgd", "server optimiser", choices=OPTIMISERS)
     momentum: float = _setting(0.9, "server momentum (adam: first-moment decay)", least=0, below=1)

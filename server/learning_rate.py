@@ -14,16 +14,30 @@ Everything is post-processing of public facts. Left out: schedules, and what dep
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 from adadpigu_core.configuration import Configuration
-from adadpigu_core.messages import Description
 from adadpigu_core.weights import noise_of_mean, public_weight
 
 _LENGTH = 8.0
 _LARGEST_STEP = 6.0
 
 
-def automatic(configuration: Configuration, clients: Sequence[Description], num_parameters: int) -> float:
+class Declared(Protocol):
+    """What a client has declared of itself."""
+
+    @property
+    def num_records(self) -> int:
+        """How many records it has."""
+        ...
+
+    @property
+    def training_noise_multiplier(self) -> float:
+        """Of its steps."""
+        ...
+
+
+def automatic(configuration: Configuration, clients: Sequence[Declared], num_parameters: int) -> float:
     """Rate of a client's private steps that fits the noise, the momentum and the number of steps of a run.
 
     Args:

@@ -67,7 +67,8 @@ def _explore(config: Path | None, overrides: list[str], rates: str, seeds: range
         ]
         each = " ".join(f"{100 * result['accuracy']:.2f}" for result in results)
         sent = f"{results[0]['bytes_up'] / 1e6:.3g} MB up"
-        console.print(f"rate {rate:g}  {'  '.join(shown)}  {sent}  (accuracy by seed: {each})", highlight=False)
+        used = f"{results[0]['learning_rate']:.3g}"
+        console.print(f"rate {used}  {'  '.join(shown)}  {sent}  (accuracy by seed: {each})", highlight=False)
 
 
 def _spread(values: list[float]) -> str:

@@ -10,9 +10,9 @@ calibrated as theirs is.
 Left out: whatever makes clients unequal, several steps a round, and scores that clients compute one by one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -35,11 +35,17 @@ from server.aggregation import Contribution
 from server.app import model_spec
 from server.evaluation import evaluator
 from server.learning import learn
+from server.learning_rate import automatic
 from server.schedule import EVERYONE, Schedule
 from server.state import ServerState
-from simulations.oracle import oracle_scores, require_rate
+from simulations.oracle import oracle_scores
 
 _BYTES = 4  # of a coordinate
+
+
+class _Client(NamedTuple):
+    num_records: int
+    training_noise_multiplier: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,12 @@ class _Pool:
     num_clients: int
     plan: Plan
     configuration: Configuration
+
+    @property
+    def clients(self) -> list[_Client]:
+        """What the clients would declare."""
+        each = _Client(len(self.records) // self.num_clients, self.plan.training.noise_multiplier)
+        return [each] * self.num_clients
 
     def release(self, state: ServerState, model: Any, given: Standardisation, number: int, phase: str) -> Tensor:
         """The mean release of the clients in a round, float32 [d]."""
@@ -74,24 +86,33 @@ def run(configuration: Configuration) -> dict[str, Any]:
     """Train as the federation would.
 
     Returns:
-        Quality on test data, ``bytes_up`` (released coordinates alone), and ``not_private``.
+        Quality on test data, ``bytes_up`` (released coordinates alone), ``learning_rate``, and ``not_private``.
 
     Raises:
         ConfigurationError: If clients are not equal, or the settings need messages.
     """
     _check(configuration)
-    require_rate(configuration)
     data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     pool = _pool(configuration, data)
     spec = model_spec(configuration, data)
     model = build(spec, seed=configuration.seed)
-    state = ServerState.fresh(configuration, ParameterLayout.of(model))
+    layout = ParameterLayout.of(model)
+    if configuration.optimiser.local_learning_rate == 0:
+        rate = automatic(configuration, pool.clients, layout.num_parameters)
+        configuration = replace(configuration, optimiser=replace(configuration.optimiser, local_learning_rate=rate))
+        pool = replace(pool, configuration=configuration)
+    state = ServerState.fresh(configuration, layout)
     state.optimiser.reset(flatten(model))
     if configuration.pretraining.ranking == ORACLE:
         state.importance.reveal(oracle_scores(model, configuration))
     sent = sum(_round(pool, state, model, number) for number in range(1, configuration.federation.num_rounds + 1))
     quality = evaluator(model, public_features(spec.features, data.test))(state.optimiser.weights)
-    return {**quality.metrics, "bytes_up": sent * pool.num_clients * _BYTES, "not_private": not_private(configuration)}
+    return {
+        **quality.metrics,
+        "bytes_up": sent * pool.num_clients * _BYTES,
+        "learning_rate": configuration.optimiser.local_learning_rate,
+        "not_private": not_private(configuration),
+    }
 
 
 def _round(pool: _Pool, state: ServerState, model: Any, number: int) -> int:
@@ -144,7 +165,6 @@ def _check(configuration: Configuration) -> None:
     for key, ok, remedy in (
         ("federation.local-steps", configuration.federation.local_steps == 1, "1"),
         ("pretraining.measure", not learnt or pretraining.measure == DRIFT, DRIFT),
-        ("optimiser.local-learning-rate", configuration.optimiser.local_learning_rate > 0, "above 0"),
         ("pretraining.ranking", pretraining.ranking != "local", "consensus"),
         ("adaptive-clipping.owner", clipping.rule == "none" or clipping.owner == "server", "server"),
     ):

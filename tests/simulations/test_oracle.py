@@ -29,6 +29,7 @@ def settings(tmp_path):
     return {
         "task.dataset": f"npz:{tmp_path / 'task.npz'}",
         "task.model": "linear",
+        "optimiser.local-learning-rate": 0.1,
         "pretraining.ranking": "oracle",
         "runtime.output": str(tmp_path / "run"),
     }

@@ -1,5 +1,7 @@
 """Equal clients as one."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,11 @@ from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.models import ModelSpec, build
 from adadpigu_core.parameters import ParameterLayout, flatten
+from server.run_folder import RESULT
 from server.state import ServerState
 from simulations.command_line import app
 from simulations.pooled import _pool, run
+from simulations.simulate import prepare, simulate
 
 
 @pytest.fixture
@@ -43,6 +47,16 @@ def test_it_learns_and_repeats_itself(settings):
     assert first["accuracy"] > 0.7
     assert first["bytes_up"] == 4 * 4 * (2 * 14 + 8 * 7)
     assert first != run(parse({**settings, "seed": 1}))
+
+
+def test_a_rate_that_is_not_set_is_the_one_that_the_federation_would_use(settings, tmp_path):
+    assert run(parse(settings))["learning_rate"] == simulated_rate(settings, tmp_path / "run")
+    assert run(parse({**settings, "optimiser.local-learning-rate": 0.3}))["learning_rate"] == 0.3
+
+
+def simulated_rate(settings, folder):
+    simulate(prepare({**settings, "runtime.output": str(folder)}), "in-process", lambda _: None)
+    return json.loads((folder / RESULT).read_text())["learning_rate"]
 
 
 def releases(settings, num_clients, count=60):
