@@ -16,21 +16,23 @@ from numpy.typing import NDArray
 from adadpigu_core.compiled import loops
 
 _CHUNK = 65_536  # variates at a time, inside the cache
+_MANY = 16_384  # variates in a call, for which loading machine code may pay
 _FRACTION = 2**52 - 1  # the bits of a float64 behind the point
 _ONE = 1023 << 52  # those of 1.0
 
 
-def standard_normals(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+def standard_normals(bits: NDArray[np.uint64], *, long_lived: bool) -> NDArray[np.float64]:
     """Turn random bits into independent standard normal variates.
 
     Args:
         bits: Uniform, uint64 [n], n even; the twelve highest of each are not used.
+        long_lived: Whether this process goes on for long, so that machine code is worth most of a second at the start.
 
     Returns:
         Float64 [n].
     """
     values = np.empty(len(bits), dtype=np.float64)
-    compiled = loops()
+    compiled = loops() if long_lived and len(bits) >= _MANY else None
     transform = _transform if compiled is None else compiled.box_muller
     for start in range(0, len(bits), _CHUNK):
         transform(bits[start : start + _CHUNK], values[start : start + _CHUNK])

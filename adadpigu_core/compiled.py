@@ -1,10 +1,10 @@
-"""Whether inner loops run as machine code.
+"""Whether inner loops can run as machine code.
 
-They do where Numba is installed, which the extra ``fast`` brings. The environment variable ``ADADPIGU_COMPILED=0``
-switches them off. Results are the same but for rounding.
+They can where Numba is installed and works, which the extra ``fast`` brings. The environment variable
+``ADADPIGU_COMPILED=0`` switches them off. Results are the same but for rounding.
 """
 
-import importlib.util
+import importlib
 import os
 from functools import cache
 from types import ModuleType
@@ -14,7 +14,10 @@ VARIABLE = "ADADPIGU_COMPILED"
 
 @cache
 def loops() -> ModuleType | None:
-    """Give the compiled loops, or None: the caller then goes on in torch."""
-    if os.environ.get(VARIABLE) == "0" or importlib.util.find_spec("numba") is None:
+    """Give the compiled loops, or None: the caller then goes on in torch. Their first use takes most of a second."""
+    if os.environ.get(VARIABLE) == "0":
         return None
-    return importlib.import_module("adadpigu_core.loops")
+    try:
+        return importlib.import_module("adadpigu_core.loops")
+    except ImportError:  # Numba is not there, or not for this version of NumPy
+        return None

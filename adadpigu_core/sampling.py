@@ -53,8 +53,8 @@ class SystemRandomness:
         return _uniform(self._bits(size))
 
     def normal(self, size: int) -> Vector:
-        """Draw ``size`` standard normal variates."""
-        return standard_normals(self._bits(size + size % 2))[:size]
+        """Draw ``size`` standard normal variates; nothing is compiled, since a client's process answers one message."""
+        return standard_normals(self._bits(size + size % 2), long_lived=False)[:size]
 
     @staticmethod
     def _bits(size: int) -> NDArray[np.uint64]:
@@ -86,8 +86,9 @@ class SeededRandomness:
         return self._generator.random(size)
 
     def normal(self, size: int) -> Vector:
-        """Draw ``size`` standard normal variates, in the way that a deployed client does."""
-        return standard_normals(self._generator.bit_generator.random_raw(size + size % 2))[:size]
+        """Draw ``size`` standard normal variates, by the transform of `SystemRandomness`."""
+        bits = self._generator.bit_generator.random_raw(size + size % 2)
+        return standard_normals(bits, long_lived=True)[:size]
 
     def torch_seed(self) -> int:
         """Draw a 63-bit seed."""

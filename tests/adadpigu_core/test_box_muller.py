@@ -1,5 +1,5 @@
-import importlib.util
 import math
+import sys
 
 import mpmath
 import numpy as np
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from adadpigu_core import box_muller, compiled
-from adadpigu_core.box_muller import standard_normals
+from adadpigu_core.sampling import SeededRandomness, SystemRandomness
 
 WORDS = st.integers(0, 2**64 - 1)
 
@@ -17,10 +17,15 @@ WORDS = st.integers(0, 2**64 - 1)
 @pytest.fixture(params=["compiled", "torch"])
 def way(request, monkeypatch):
     """Leave one of the two ways."""
+    monkeypatch.setattr(box_muller, "_MANY", 0)
     if request.param == "compiled":
         monkeypatch.setattr(box_muller, "_transform", None)
     else:
         monkeypatch.setattr(box_muller, "loops", lambda: None)
+
+
+def standard_normals(bits):
+    return box_muller.standard_normals(bits, long_lived=True)
 
 
 def exact(first, second):
@@ -98,5 +103,18 @@ def test_the_variable_switches_machine_code_off(monkeypatch):
 
 
 def test_without_numba_there_is_no_machine_code(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "adadpigu_core.loops", raising=False)
     assert compiled.loops.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "loaded"),
+    [(SeededRandomness(1), 16_384, True), (SeededRandomness(1), 16_382, False), (SystemRandomness(), 100_000, False)],
+)
+def test_machine_code_is_loaded_where_it_pays(monkeypatch, source, size, loaded):
+    """Not in the process of a message, which would take longer to load it than to draw what it needs."""
+    asked = []
+    monkeypatch.setattr(box_muller, "loops", lambda: asked.append(1))
+    assert len(source.normal(size)) == size
+    assert bool(asked) == loaded

@@ -112,7 +112,7 @@ def test_system_randomness_does_not_repeat():
 def test_system_randomness_is_in_range_at_its_ends(monkeypatch, byte):
     monkeypatch.setattr(os, "urandom", lambda size: bytes([byte]) * size)
     monkeypatch.setattr(
-        SystemRandomness, "_bits", staticmethod(lambda size: np.frombuffer(bytes([byte]) * 8 * size, dtype=np.uint64))
+        SystemRandomness, "_bits", staticmethod(lambda size: np.full(size, byte * 0x0101010101010101, dtype=np.uint64))
     )
     randomness = SystemRandomness()
     assert randomness.uniform(3).tolist() == [0.0 if byte == 0 else 1 - 2.0**-53] * 3
