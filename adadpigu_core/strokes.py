@@ -31,7 +31,7 @@ _PEN = 1.8 / 28
 _MOST_SLANT = 1.0  # columns a row
 _LEAST_INK, _LEAST_SPREAD = 1e-6, 1e-6  # of a picture that is not blank
 _MOST_AXES = 384
-_COORDINATES_AN_AXIS = 8  # at least, for small images
+_COORDINATES_AN_AXIS = 4  # at least, for small images
 
 
 def upright(images: Tensor) -> Tensor:

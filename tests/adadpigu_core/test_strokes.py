@@ -32,17 +32,17 @@ def test_axes_are_principal_and_divided_by_the_cube_roots_of_their_variances():
     spread = np.linspace(3, 0.5, 48)
     samples = generator.standard_normal((500, 48)) * spread + generator.standard_normal(48)
     found = strokes.axes(samples)
-    assert found.projection.shape == (48, 6)
+    assert found.projection.shape == (48, 12)
     variances, vectors = np.linalg.eigh(np.cov(samples.T))
-    variances, vectors = variances[::-1][:6], vectors[:, ::-1][:, :6]
+    variances, vectors = variances[::-1][:12], vectors[:, ::-1][:, :12]
     wanted = vectors * variances ** (-1 / 3)
-    wanted *= np.sqrt(6 / np.square((samples - samples.mean(0)) @ wanted).sum(1).mean())
+    wanted *= np.sqrt(12 / np.square((samples - samples.mean(0)) @ wanted).sum(1).mean())
     ours = found.projection.double().numpy()
     wanted *= np.sign((ours * wanted).sum(0))
     np.testing.assert_allclose(ours, wanted, rtol=1e-2, atol=2e-3)
     projected = found.project(torch.from_numpy(samples).float())
     assert float(projected.mean(0).abs().max()) < 1e-5
-    assert float(projected.square().sum(1).mean()) == pytest.approx(6, rel=0.01)
+    assert float(projected.square().sum(1).mean()) == pytest.approx(12, rel=0.01)
 
 
 def test_features_of_drawings_are_centred_and_of_mean_square_one():
@@ -69,7 +69,7 @@ def test_all_machines_find_the_same_axes():
 def test_channels_and_records_stand_for_themselves(channels):
     images = raw(front_ends._PIECE + 3, channels, 8, 8)
     together = features(STROKES, images)
-    assert together.shape[1:] == feature_shape(STROKES, (channels, 8, 8)) == (40 * channels,)
+    assert together.shape[1:] == feature_shape(STROKES, (channels, 8, 8)) == (81 * channels,)
     for index in (0, len(images) - 1):
         alone = features(STROKES, images[index : index + 1])
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-3, atol=1e-3)
@@ -77,7 +77,7 @@ def test_channels_and_records_stand_for_themselves(channels):
 
 def test_no_more_axes_than_the_features_bear():
     assert feature_shape(STROKES, (1, 28, 28)) == (384,)
-    assert feature_shape(STROKES, (1, 16, 16)) == (162,)
+    assert feature_shape(STROKES, (1, 16, 16)) == (324,)
 
 
 def test_a_blank_image_has_finite_features():
