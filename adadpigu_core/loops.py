@@ -1,6 +1,5 @@
-"""Inner loops that Numba compiles. `compiled.loops` gives this module where Numba is installed, and None elsewhere.
+"""The loop of `box_muller` for Numba to compile; only `box_muller` imports this, where Numba is installed.
 
-Every loop has an equal in torch beside its caller, which says what it computes; the two agree but for rounding.
 Products and sums may be contracted (one rounding instead of two) and nothing else is rearranged.
 """
 

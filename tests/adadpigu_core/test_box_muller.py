@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from adadpigu_core import box_muller, compiled
+from adadpigu_core import box_muller, loops
 from adadpigu_core.sampling import SeededRandomness, SystemRandomness
 
 WORDS = st.integers(0, 2**64 - 1)
@@ -21,7 +21,7 @@ def way(request, monkeypatch):
     if request.param == "compiled":
         monkeypatch.setattr(box_muller, "_transform", None)
     else:
-        monkeypatch.setattr(box_muller, "loops", lambda: None)
+        monkeypatch.setattr(box_muller, "_compiled", lambda: None)
 
 
 def standard_normals(bits):
@@ -48,7 +48,7 @@ def exact(first, second):
 def test_variates_are_those_of_the_formula(first, second):
     bits = np.array([first, second], dtype=np.uint64)
     cosine, sine, radius = exact(first, second)
-    for transform in (compiled.loops().box_muller, box_muller._transform):
+    for transform in (loops.box_muller, box_muller._transform):
         values = np.empty(2)
         transform(bits, values)
         assert np.isfinite(values).all()
@@ -96,16 +96,31 @@ def test_a_stream_with_a_defect_is_found_out(way):
 
 
 def test_the_variable_switches_machine_code_off(monkeypatch):
-    fresh = compiled.loops.__wrapped__
+    fresh = box_muller._compiled.__wrapped__
     assert fresh() is not None
-    monkeypatch.setenv(compiled.VARIABLE, "0")
+    monkeypatch.setenv(box_muller.VARIABLE, "0")
     assert fresh() is None
 
 
 def test_without_numba_there_is_no_machine_code(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "adadpigu_core.loops", raising=False)
-    assert compiled.loops.__wrapped__() is None
+    assert box_muller._compiled.__wrapped__() is None
+
+
+def test_without_a_place_for_machine_code_it_is_made_anew(monkeypatch):
+    """As where neither the package nor a home folder can be written."""
+    asked = []
+
+    def njit(*, cache=False, **options):
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda loop: loop
+
+    monkeypatch.setattr(loops, "njit", njit)
+    assert loops._compiled(abs) is abs
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +130,6 @@ def test_without_numba_there_is_no_machine_code(monkeypatch):
 def test_machine_code_is_loaded_where_it_pays(monkeypatch, source, size, loaded):
     """Not in the process of a message, which would take longer to load it than to draw what it needs."""
     asked = []
-    monkeypatch.setattr(box_muller, "loops", lambda: asked.append(1))
+    monkeypatch.setattr(box_muller, "_compiled", lambda: asked.append(1))
     assert len(source.normal(size)) == size
     assert bool(asked) == loaded
