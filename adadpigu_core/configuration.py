@@ -108,7 +108,7 @@ class PretrainingSettings:
     """How coordinates are ranked."""
 
     round_share: float = _setting(0.1, "share of the rounds spent on pretraining; 0 leaves it out", least=0, below=1)
-    measure: str = _setting("energy", "score of a coordinate", choices=(*MEASURES, DRIFT))
+    measure: str = _setting(DRIFT, "score of a coordinate", choices=(*MEASURES, DRIFT))
     ranking: str = _setting(
         "consensus",
         "whose importance ranks; controls: random, and oracle (simulation only, not private)",
@@ -121,9 +121,9 @@ class RetentionSettings:
     """Progressive unfreezing: which share of the coordinates is trained, when."""
 
     schedule: str = _setting("linear", "how the share grows", choices=SCHEDULES)
-    initial_ratio: float = _setting(0.6, "share retained when training starts", above=0, most=1)
+    initial_ratio: float = _setting(0.8, "share retained when training starts", above=0, most=1)
     final_ratio: float = _setting(1.0, "share retained in the end (constant: without effect)", above=0, most=1)
-    period: float = _setting(0.5, "part of training over which the share grows", above=0, most=1)
+    period: float = _setting(0.2, "part of training over which the share grows", above=0, most=1)
     granularity: str = _setting("coordinate", "what is ranked and retained as a whole", choices=RETAINED_AS)
 
 
@@ -131,7 +131,7 @@ class RetentionSettings:
 class AdaptiveClippingSettings:
     """Standardisation of gradients by statistics of releases."""
 
-    rule: str = _setting("energy", "none, energy (noise-corrected) or paper", choices=RULES)
+    rule: str = _setting("none", "none, energy (noise-corrected) or paper", choices=RULES)
     owner: str = _setting("server", "who keeps the statistics", choices=OWNERS)
     granularity: str = _setting("layer", "what shares one scale", choices=GRANULARITIES)
     decay: float = _setting(0.9, "weight of the past in running means", least=0, below=1)

@@ -34,6 +34,7 @@ PRIVATE_SPACE: dict[str, Suggest] = {
     "retention.schedule": _choice(*SCHEDULES),
     "retention.initial-ratio": _number(0.2, 1.0),
     "retention.period": _number(0.1, 1.0),
+    "adaptive-clipping.rule": _choice("none", "energy"),
     "adaptive-clipping.granularity": _choice(*GRANULARITIES),
 }
 PUBLIC_SPACE: dict[str, Suggest] = {

@@ -3,14 +3,24 @@
 import numpy as np
 import pytest
 
-NO_UNFREEZING = {"pretraining.round-share": 0, "retention.initial-ratio": 1.0}
+STATISTICS = {"adaptive-clipping.rule": "energy"}
 VARIANTS = {
-    "dp-sgd": {**NO_UNFREEZING, "adaptive-clipping.rule": "none"},
+    "dp-sgd": {"method": "dp-fedsgd"},
     "dirichlet": {"federation.partition": "dirichlet", "federation.dirichlet-alpha": 0.5},
     "three local steps": {"federation.local-steps": 3},
-    "the client's statistics": {"adaptive-clipping.owner": "client"},
-    "the client's statistics by row": {"adaptive-clipping.owner": "client", "adaptive-clipping.granularity": "row"},
-    "statistics by coordinate": {"adaptive-clipping.granularity": "coordinate", "adaptive-clipping.shrinkage": 0.5},
+    "the server's statistics": STATISTICS,
+    "the client's statistics": {**STATISTICS, "adaptive-clipping.owner": "client"},
+    "the client's statistics by row": {
+        **STATISTICS,
+        "adaptive-clipping.owner": "client",
+        "adaptive-clipping.granularity": "row",
+    },
+    "statistics by coordinate": {
+        **STATISTICS,
+        "adaptive-clipping.granularity": "coordinate",
+        "adaptive-clipping.shrinkage": 0.5,
+    },
+    "scores of single releases": {"pretraining.measure": "energy"},
     "local ranking": {"pretraining.ranking": "local"},
     "random ranking": {"pretraining.ranking": "random"},
     "random ranking without pretraining": {"pretraining.ranking": "random", "pretraining.round-share": 0},
@@ -24,7 +34,7 @@ VARIANTS = {
         "retention.final-ratio": 0.1,
     },
     "adam": {"optimiser.name": "adam", "optimiser.server-learning-rate": 0.01, "optimiser.warmup-rounds": 2},
-    "by records": {"federation.aggregation": "records", "adaptive-clipping.centre": "true"},
+    "by records": {**STATISTICS, "federation.aggregation": "records", "adaptive-clipping.centre": "true"},
     "less noise towards the end": {"privacy.noise-schedule": "cosine", "privacy.final-noise-ratio": 0.5},
     "all records in every step": {"privacy.sampling-probability": 1.0},
 }

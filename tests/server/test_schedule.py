@@ -61,7 +61,7 @@ class TestSchedule:
 
     def test_the_defect_of_the_published_code_would_show(self):
         """It always asked for step 0: then nothing is ever unfrozen."""
-        schedule = plan(retention__initial_ratio=0.2)
+        schedule = plan(retention__initial_ratio=0.2, retention__period=0.5)
         assert len(set(ratios(schedule)[1:])) > 3
         stuck = [schedule.ratio(schedule.configuration.pretraining_rounds + 1) for _ in range(9)]
         assert len(set(stuck)) == 1

@@ -92,7 +92,7 @@ def test_the_noise_is_that_of_all_clients_together(settings):
         ({"pretraining.measure": "energy"}, "measure"),
         ({"pretraining.ranking": "local"}, "ranking"),
         ({"federation.partition": "dirichlet"}, "only equal ones"),
-        ({"adaptive-clipping.owner": "client"}, "owner"),
+        ({"adaptive-clipping.rule": "energy", "adaptive-clipping.owner": "client"}, "owner"),
     ],
 )
 def test_what_cannot_be_pooled_is_refused(settings, change, problem):

@@ -173,7 +173,9 @@ def test_forward_and_backward_drop_the_same():
     """The gradient in column j is 2 x_j e if feature j was kept, else zero, and e tells which features were kept."""
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(30, 1, bias=False)).train()
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(1, 30, generator=generator)
+    # of one sign, as the features are, so that their product does not cancel to rounding
+    nn.init.uniform_(model[1].weight, 0.5, 1.0, generator=generator)
+    features = torch.rand(1, 30, generator=generator) + 0.1
     record = Records(features, torch.zeros(1, dtype=torch.int64))
 
     def loss(outputs, labels):
