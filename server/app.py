@@ -104,7 +104,9 @@ def run(
         # the run has an identity from here on, by which clients know their plans, whatever happens in its first round
         state.optimiser.reset(flatten(model))
         folder.save_checkpoint(*state.dump())
-    strategy = AdaDPIGU(configuration, spec, build(spec, seed=configuration.seed), state, record, wait)
+    strategy = AdaDPIGU(
+        configuration, spec, build(spec, seed=configuration.seed), state, record, wait, public=test.features
+    )
     strategy.start(
         grid,
         ArrayRecord(model.state_dict()),

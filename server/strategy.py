@@ -29,7 +29,7 @@ from server.aggregation import Contribution
 from server.cohort import Cohort
 from server.exchange import Exchange, Reply, Wait, request, sleep
 from server.learning import learn
-from server.learning_rate import automatic
+from server.learning_rate import automatic, output_gain
 from server.reception import Expected, Reception
 from server.requests import Asked, Requests, RoundWork
 from server.round_report import RoundReport, ignore
@@ -58,6 +58,8 @@ class AdaDPIGU(Strategy):
         state: Where the run stands.
         observer: Called after every round, when the state is complete: the place for checkpoints.
         wait: Waits up to some seconds for a reply to one of some message ids.
+        public: Features of public records, [n, ...], from which an automatic learning rate sees what noise on the
+            weights does to the outputs.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class AdaDPIGU(Strategy):
         state: ServerState,
         observer: Callable[[RoundReport], None] = ignore,
         wait: Wait = sleep,
+        *,
+        public: Tensor,
     ) -> None:
         self._configuration = configuration
         self._schedule = Schedule(configuration)
@@ -75,6 +79,7 @@ class AdaDPIGU(Strategy):
         self._model = model
         self._observer = observer
         self._wait = wait
+        self._public = public
         self._exchange: Exchange
         self.state = state
         self.cohort = Cohort(state.tally)
@@ -117,7 +122,13 @@ class AdaDPIGU(Strategy):
         self._gather(grid, timeout)
         if self.state.learning_rate == 0:
             described = [member.description for member in self.cohort.present]
-            self.state.learning_rate = automatic(self._configuration, described, self.state.layout.num_parameters)
+            assign(self._model, self.state.optimiser.weights)
+            self.state.learning_rate = automatic(
+                self._configuration,
+                described,
+                self.state.layout.num_parameters,
+                output_gain(self._model, self._public),
+            )
             log.info("the plan gives a learning rate of %.4g", self.state.learning_rate)
         result = Result()
         if self.state.round == 0:

@@ -35,7 +35,7 @@ from server.aggregation import Contribution
 from server.app import model_spec
 from server.evaluation import evaluator
 from server.learning import learn
-from server.learning_rate import automatic
+from server.learning_rate import automatic, output_gain
 from server.schedule import EVERYONE, Schedule
 from server.state import ServerState
 from simulations.oracle import oracle_scores
@@ -97,8 +97,9 @@ def run(configuration: Configuration) -> dict[str, Any]:
     spec = model_spec(configuration, data)
     model = build(spec, seed=configuration.seed)
     layout = ParameterLayout.of(model)
+    test = public_features(spec.features, data.test)
     if configuration.optimiser.local_learning_rate == 0:
-        rate = automatic(configuration, pool.clients, layout.num_parameters)
+        rate = automatic(configuration, pool.clients, layout.num_parameters, output_gain(model, test.features))
         configuration = replace(configuration, optimiser=replace(configuration.optimiser, local_learning_rate=rate))
         pool = replace(pool, configuration=configuration)
     state = ServerState.fresh(configuration, layout)
@@ -106,7 +107,7 @@ def run(configuration: Configuration) -> dict[str, Any]:
     if configuration.pretraining.ranking == ORACLE:
         state.importance.reveal(oracle_scores(model, configuration))
     sent = sum(_round(pool, state, model, number) for number in range(1, configuration.federation.num_rounds + 1))
-    quality = evaluator(model, public_features(spec.features, data.test))(state.optimiser.weights)
+    quality = evaluator(model, test)(state.optimiser.weights)
     return {
         **quality.metrics,
         "bytes_up": sent * pool.num_clients * _BYTES,

@@ -215,7 +215,13 @@ class Federation:
             self.state.restore(*checkpoint)
         self.observer = observer
         self.strategy = AdaDPIGU(
-            self.configuration, SPEC, build(SPEC, seed=0), self.state, self._observe, lambda *_: time.sleep(0.002)
+            self.configuration,
+            SPEC,
+            build(SPEC, seed=0),
+            self.state,
+            self._observe,
+            lambda *_: time.sleep(0.002),
+            public=torch.ones(1, 3),
         )
 
     def _observe(self, report):

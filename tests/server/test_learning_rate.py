@@ -4,19 +4,22 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from adadpigu_core.configuration import parse
 from adadpigu_core.messages import Description
-from server.learning_rate import automatic
+from adadpigu_core.models import ModelSpec, build
+from adadpigu_core.parameters import flatten
+from server.learning_rate import automatic, output_gain
 
 
 def client(noise=2.0, records=1000):
     return Description("a", "cpu", "d", records, 8.0, 1e-5, noise, noise, ())
 
 
-def rate(clients=None, parameters=10_000, **settings):
+def rate(clients=None, parameters=10_000, gain=1e6, **settings):
     flat = {key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()}
-    return automatic(parse({"federation.num-rounds": 100, **flat}), clients or [client()], parameters)
+    return automatic(parse({"federation.num-rounds": 100, **flat}), clients or [client()], parameters, gain)
 
 
 def test_noise_moves_the_weights_by_the_same_length_whatever_the_plan():
@@ -29,6 +32,36 @@ def test_noise_moves_the_weights_by_the_same_length_whatever_the_plan():
     assert rate(optimiser__momentum=0.8) == pytest.approx(base * 2)
     assert rate(optimiser__server_learning_rate=2.0) == pytest.approx(base / 2)
     assert rate(privacy__clipping_norm=0.5) == pytest.approx(base * 2)
+
+
+def test_where_outputs_hardly_feel_it_noise_may_move_the_weights_further():
+    """Until it moves the outputs by 1: 8 over the root of 10,000 parameters is 0.08 a weight, a gain of 12.5."""
+    assert rate(gain=12.6) == rate()
+    assert rate(gain=6.25) == pytest.approx(2 * rate())
+    assert rate(gain=0.0) == rate()
+    assert rate(gain=1e-9) == pytest.approx(0.6)
+
+
+class TestOutputGain:
+    FEATURES = torch.randn(300, 20, generator=torch.Generator().manual_seed(3)) * torch.arange(20.0)
+
+    def test_of_a_linear_layer_is_the_length_of_its_inputs(self):
+        """With a bias, and without the part that all of three classes share."""
+        model = build(ModelSpec("linear", "relu", "none", (20,), 3), seed=0)
+        expected = math.sqrt(float((self.FEATURES.square().sum(1) + 1).mean()) * (1 - 1 / 3))
+        assert output_gain(model, self.FEATURES) == pytest.approx(expected, rel=0.2)
+
+    def test_inputs_that_are_zero_add_nothing(self):
+        sparse = self.FEATURES * (torch.arange(20) < 2)
+        model = build(ModelSpec("linear", "relu", "none", (20,), 3), seed=0)
+        assert output_gain(model, sparse) < output_gain(model, self.FEATURES) / 10
+
+    def test_leaves_the_model_as_it_was(self):
+        model = build(ModelSpec("linear", "relu", "none", (20,), 3), seed=0).train()
+        before = flatten(model).clone()
+        assert output_gain(model, self.FEATURES) == output_gain(model, self.FEATURES)
+        assert torch.equal(flatten(model), before)
+        assert model.training
 
 
 def test_more_clients_bring_less_noise_and_a_noisy_one_does_not_spoil_it():
