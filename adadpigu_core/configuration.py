@@ -31,8 +31,9 @@ from adadpigu_core.weights import AGGREGATIONS
 
 Value = settings_file.Value
 OWNERS = ("server", "client")
-ORACLE = "oracle"
-RANKINGS = ("consensus", "local", "random", ORACLE)
+PUBLIC, ORACLE = "public", "oracle"
+NOT_RELEASED = ("random", PUBLIC, ORACLE)  # rankings that no release goes into
+RANKINGS = ("consensus", "local", *NOT_RELEASED)
 PARTITIONS = ("iid", "dirichlet")
 OPTIMISERS = ("sgd", "adam")
 DEVICES = ("cpu", "cuda", "auto")
@@ -62,7 +63,7 @@ class TaskSettings:
         "auto", "auto (by data set), digits-cnn, mnist-cnn, cifar-cnn, mlp, linear or package.module:factory"
     )
     activation: str = _setting("relu", "activation of the networks", choices=tuple(models.ACTIVATIONS))
-    normalisation: str = _setting("group", "normalisation after each convolution", choices=models.NORMALISATIONS)
+    normalisation: str = _setting("group", "after each convolution, and of its weights", choices=models.NORMALISATIONS)
     features: str = _setting("raw", "fixed features that the network sees", choices=front_ends.FEATURES)
     evaluate_on: str = _setting(
         "test", "validation: a tenth of the training records, which then do not train", choices=datasets.EVALUATED_ON
@@ -111,7 +112,7 @@ class PretrainingSettings:
     measure: str = _setting(DRIFT, "score of a coordinate", choices=(*MEASURES, DRIFT))
     ranking: str = _setting(
         "consensus",
-        "whose importance ranks; controls: random, and oracle (simulation only, not private)",
+        "whose importance ranks; public: made-up images; controls: random, and oracle (simulation only, not private)",
         choices=RANKINGS,
     )
 
@@ -358,7 +359,7 @@ def _contradictions(configuration: Configuration) -> Iterator[str]:
     if retention.schedule != "constant" and retention.final_ratio < retention.initial_ratio:
         yield "retention.final-ratio: must not be below retention.initial-ratio; coordinates are never frozen again"
     pretraining = configuration.pretraining
-    ranked = pretraining.ranking in ("random", ORACLE)
+    ranked = pretraining.ranking in NOT_RELEASED
     if pretraining.round_share == 0 and retention.initial_ratio < 1 and not ranked:
         yield (
             "pretraining.round-share: without pretraining there is no ranking to choose coordinates by; "

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from adadpigu_core import datasets
 from adadpigu_core.augmentation import Views
-from adadpigu_core.configuration import ORACLE, Configuration, Value, not_private, parse, run_folder, to_toml
+from adadpigu_core.configuration import (
+    ORACLE,
+    PUBLIC,
+    Configuration,
+    Value,
+    not_private,
+    parse,
+    run_folder,
+    to_toml,
+)
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.kept_features import public_features
 from adadpigu_core.models import ModelSpec, build, check_private, default_model
@@ -21,6 +30,7 @@ from server.earlier_runs import known_charges
 from server.evaluation import evaluator
 from server.exchange import Wait, sleep
 from server.outcome import outcome
+from server.public_importance import public_scores
 from server.round_report import RoundReport, ignore
 from server.run_folder import CONFIGURATION, PRIVACY, RESULT, RunFolder
 from server.state import ServerState
@@ -85,6 +95,8 @@ def run(
     state.tally.remember(known_charges(folder.path))
     if oracle is not None and configuration.pretraining.ranking == ORACLE:
         state.importance.reveal(oracle(model, configuration))
+    if configuration.pretraining.ranking == PUBLIC:
+        state.importance.reveal(public_scores(model, spec))
     test = public_features(spec.features, data.test)
     evaluate = evaluator(build(spec, seed=configuration.seed), test)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adadpigu_core import masking
 from adadpigu_core.accounting import PRETRAINING, TRAINING
-from adadpigu_core.configuration import ORACLE, Configuration
+from adadpigu_core.configuration import NOT_RELEASED, Configuration
 from adadpigu_core.grouping import means
 from adadpigu_core.importance import rank
 
@@ -34,7 +34,7 @@ class Schedule:
     def ratio(self, round_number: int) -> float:
         """Share of coordinates retained in a round; 1 in pretraining, and 1 if nothing ranks them."""
         settings = self.configuration.retention
-        without_pretraining = self.configuration.pretraining.ranking in ("random", ORACLE)
+        without_pretraining = self.configuration.pretraining.ranking in NOT_RELEASED
         ranked = self.configuration.pretraining_rounds > 0 or without_pretraining
         if self.phase(round_number) == PRETRAINING or not ranked:
             return 1.0
@@ -49,8 +49,8 @@ class Importance:
     """Importance as it comes in, and the rankings made of it.
 
     Args:
-        ranking: ``consensus`` (one ranking for everyone), ``local`` (one for each data set), ``random``, or ``oracle``:
-            by scores that were revealed and not released.
+        ranking: ``consensus`` (one ranking for everyone), ``local`` (one for each data set), ``random``, or ``public``
+            and ``oracle``: by scores that were revealed and not released.
         num_parameters: Number of coordinates d.
         seed: Of the random ranking.
         group: Coordinates that are ranked and retained as one, by their mean score: int64 [d]; None = each by itself.
@@ -65,20 +65,22 @@ class Importance:
         self._seed = seed
         self._group = group
         self._signed = signed
+        self._revealed = False
         self.scores: dict[str, Tensor] = {}
         self._rankings: dict[str, Tensor] = {}
         self._masks: dict[str, tuple[float, Tensor]] = {}
 
     def add(self, data_set: str, scores: Tensor, weight: float) -> None:
         """Take in what one client released, with its public weight."""
-        if self._kind == ORACLE:
+        if self._revealed:
             return
         key = data_set if self._kind == "local" else EVERYONE
         known = self.scores.get(key, torch.zeros(self._d, dtype=torch.float64))
         self.scores[key] = known + weight * scores.double()
 
     def reveal(self, scores: Tensor) -> None:
-        """Rank by scores [d] that no client has released: not private, for the oracle of a simulation only."""
+        """Rank by scores [d] that no client has released, and by nothing that is released later."""
+        self._revealed = True
         self.scores[EVERYONE] = scores.double()
 
     def mask(self, data_set: str, ratio: float) -> Tensor | None:
@@ -106,5 +108,5 @@ class Importance:
         scores = self.scores.get(key)
         if scores is None:
             scores = sum(self.scores.values(), torch.zeros(self._d, dtype=torch.float64))
-        scores = scores.square() if self._signed and self._kind != ORACLE else scores
+        scores = scores.square() if self._signed and not self._revealed else scores
         return rank(scores if self._group is None else means(scores, self._group))

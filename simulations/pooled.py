@@ -20,7 +20,7 @@ from torch import Tensor
 from adadpigu_core import datasets
 from adadpigu_core.accounting import PRETRAINING, TRAINING, Plan, calibrate
 from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation
-from adadpigu_core.configuration import ORACLE, Configuration, not_private
+from adadpigu_core.configuration import NOT_RELEASED, ORACLE, PUBLIC, Configuration, not_private
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import cross_entropy
@@ -36,6 +36,7 @@ from server.app import model_spec
 from server.evaluation import evaluator
 from server.learning import learn
 from server.learning_rate import automatic, output_gain
+from server.public_importance import public_scores
 from server.schedule import EVERYONE, Schedule
 from server.state import ServerState
 from simulations.oracle import oracle_scores
@@ -106,6 +107,8 @@ def run(configuration: Configuration) -> dict[str, Any]:
     state.optimiser.reset(flatten(model))
     if configuration.pretraining.ranking == ORACLE:
         state.importance.reveal(oracle_scores(model, configuration))
+    if configuration.pretraining.ranking == PUBLIC:
+        state.importance.reveal(public_scores(model, spec))
     sent = sum(_round(pool, state, model, number) for number in range(1, configuration.federation.num_rounds + 1))
     quality = evaluator(model, test)(state.optimiser.weights)
     return {
@@ -162,7 +165,7 @@ def _pool(configuration: Configuration, data: datasets.DataSet) -> _Pool:
 
 def _check(configuration: Configuration) -> None:
     pretraining, clipping = configuration.pretraining, configuration.adaptive_clipping
-    learnt = configuration.pretraining_rounds > 0 and pretraining.ranking != ORACLE
+    learnt = configuration.pretraining_rounds > 0 and pretraining.ranking not in NOT_RELEASED
     for key, ok, remedy in (
         ("federation.local-steps", configuration.federation.local_steps == 1, "1"),
         ("pretraining.measure", not learnt or pretraining.measure == DRIFT, DRIFT),

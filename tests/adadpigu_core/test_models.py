@@ -8,7 +8,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from adadpigu_core.exceptions import ConfigurationError, ModelError
-from adadpigu_core.models import NAMES, ModelSpec, build, check_isolation, check_private, default_model
+from adadpigu_core.models import (
+    NAMES,
+    NORMALISATIONS,
+    ModelSpec,
+    StandardisedConv2d,
+    build,
+    check_isolation,
+    check_private,
+    default_model,
+)
 
 SHAPES = {
     "mnist-cnn": (1, 28, 28),
@@ -22,7 +31,7 @@ EVERY_SPEC = [
     ModelSpec(name, activation, normalisation, SHAPES[name], 10)
     for name in NAMES
     for activation in ("relu", "tanh")
-    for normalisation in ("none", "group")
+    for normalisation in NORMALISATIONS
     if normalisation == "none" or name in CONVOLUTIONAL
 ]
 
@@ -103,6 +112,21 @@ def test_group_normalisation_comes_before_each_activation():
         assert isinstance(layers[i - 1], nn.Conv2d)
         assert isinstance(layers[i + 1], nn.Tanh)
         assert not list(layers[i].parameters())
+
+
+def test_standardised_filters_have_mean_0_and_norm_1_whatever_their_weights():
+    model = build(spec("digits-cnn", normalisation="group-and-weights"), seed=0)
+    layer = next(layer for layer in model if isinstance(layer, StandardisedConv2d))
+    records = torch.eye(int(layer.weight[0].numel())).reshape(-1, *layer.weight.shape[1:])
+    plain = F.conv2d(records, layer.weight)
+    centred = (layer.weight - layer.weight.mean((1, 2, 3), keepdim=True)).flatten(1)
+    seen = (F.conv2d(records, layer.weight) - plain.mean(0)).squeeze() / centred.norm(dim=1)
+    layer.stride, layer.padding = (1, 1), (0, 0)
+    torch.testing.assert_close(layer(records).squeeze() - layer.bias, seen, rtol=1e-3, atol=1e-4)
+    before = layer(records)
+    with torch.no_grad():
+        layer.weight.copy_(3 * layer.weight + 5)
+    torch.testing.assert_close(layer(records), before, rtol=1e-3, atol=1e-3)
 
 
 # Seeds

@@ -22,6 +22,7 @@ VARIANTS = {
     },
     "scores of single releases": {"pretraining.measure": "energy"},
     "local ranking": {"pretraining.ranking": "local"},
+    "ranking by drawings": {"pretraining.ranking": "public", "pretraining.round-share": 0},
     "random ranking": {"pretraining.ranking": "random"},
     "random ranking without pretraining": {"pretraining.ranking": "random", "pretraining.round-share": 0},
     "the paper's rules": {"adaptive-clipping.rule": "paper", "pretraining.measure": "magnitude"},

@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from adadpigu_core.models import StandardisedConv2d
+
 
 class Tokens(nn.Module):
     """Records hold whole numbers as floats."""
@@ -130,6 +132,14 @@ class Switched(nn.Module):
 def test_normalisation_of_images(agree, built, records_of, name, layout):
     def make():
         layers = (layout(), nn.Conv2d(2, 6, 2), IMAGE_NORMALISATIONS[name](), nn.Tanh(), nn.Flatten())
+        return nn.Sequential(*layers, nn.Linear(120, 3))
+
+    agree(built(make), records_of((2, 6, 5)))
+
+
+def test_standardised_filters(agree, built, records_of):
+    def make():
+        layers = (StandardisedConv2d(2, 6, 2), nn.GroupNorm(2, 6), nn.Tanh(), nn.Flatten())
         return nn.Sequential(*layers, nn.Linear(120, 3))
 
     agree(built(make), records_of((2, 6, 5)))
