@@ -4,6 +4,7 @@ Every method of a row is a point, the mean over the seeds, with the standard dev
 better: the same accuracy for less, or more for the same.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,12 +45,13 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415  # the same
 
     rows = found["rows"]
-    figure = Figure(figsize=(5.5 * len(rows), 4.2), layout="constrained")
+    figure = Figure(figsize=(2.5 + 4.0 * len(rows), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(found["title"], fontsize=10)
     for number, row in enumerate(rows, start=1):
         axes = figure.add_subplot(1, len(rows), number)
-        for symbol, cell in zip(_SYMBOLS, row["methods"].values(), strict=False):
+        # with ten colours, the pairs of a symbol and a colour repeat after 40 methods
+        for symbol, cell in zip(itertools.cycle(_SYMBOLS), row["methods"].values(), strict=False):
             label = cell["title"] + ("" if cell["private"] else " (not private)")
             face = None if cell["private"] else "none"
             megabytes = cell["bytes_up"] / 1e6
@@ -61,7 +63,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         axes.set_title(row["label"], fontsize=10)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

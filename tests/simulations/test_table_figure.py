@@ -33,6 +33,16 @@ def test_a_picture_is_written(table, tmp_path):
         assert len(image.convert("L").getcolors(256)) > 10
 
 
+def test_every_method_of_a_long_table_is_drawn(tmp_path):
+    methods = {str(number): cell(f"method-{number}", 70.0 + number, 1e6) for number in range(13)}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"title": "Long", "rows": [{"label": "a", "methods": methods}] * 2}))
+    done = CliRunner().invoke(app, ["figure", str(path), "--output", str(tmp_path / "table.svg")])
+    assert done.exit_code == 0, done.output
+    drawn = (tmp_path / "table.svg").read_text()
+    assert [drawn.count(f"<!-- method-{number} -->") for number in range(13)] == [1] * 13
+
+
 @pytest.mark.parametrize(("content", "name"), [("[]", "a.png"), ("no", "a.png"), (None, "a.png"), ("", "a.png")])
 def test_what_is_no_table_is_refused(tmp_path, content, name):
     path = tmp_path / "other.json"
