@@ -6,13 +6,15 @@ the p value of Student's paired test. And what the table was made with: seeds, c
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simulations.tables import Method, Row, Table
 
 Results = Mapping[tuple[str, str], list[dict[str, Any]]]
 """What stands in ``result.json`` of each seed's run, by name of row and of method."""
+
+_MOST_ACROSS = 3
 
 
 def summary(table: Table, results: Results, seeds: int, machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,20 +100,16 @@ def _largest_share(runs: list[dict[str, Any]]) -> float | None:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Write a summary as a table for people."""
-    cells = list(found["rows"][0]["methods"].values())
-    headings = [cell["title"] + ("" if cell["private"] else " (not private)") for cell in cells]
-    differences = [f"{headings[0]} minus {heading}" for heading in headings[1:]]
-    columns = ["", *headings, *differences, "largest epsilon spent"]
+    """Write a summary as a table for people: methods side by side, or one below the other if they are many."""
+    across = len(found["rows"][0]["methods"]) <= _MOST_ACROSS
+    columns, lines = _across(found["rows"]) if across else _down(found["rows"])
     count = len(found["seeds"])
     return "\n".join(
         [
             f"**{found['title']}** (accuracy on test data in %, last iterate, mean ± standard deviation over {count} "
             f"seed{'s' if count > 1 else ''}{_about_averages(found)})",
             "",
-            f"| {' | '.join(columns)} |",
-            "|" + "---|" * len(columns),
-            *(_line(row) for row in found["rows"]),
+            *(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines)),
             "",
             _origin(found),
             "",
@@ -119,17 +117,44 @@ def markdown(found: Mapping[str, Any]) -> str:
     )
 
 
+def _across(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines: one a row."""
+    headings = [_heading(cell) for cell in rows[0]["methods"].values()]
+    differences = [f"{headings[0]} minus {heading}" for heading in headings[1:]]
+    lines = []
+    for row in rows:
+        cells = list(row["methods"].values())
+        compared = [_difference(cell["difference"]) for cell in cells[1:]]
+        lines.append([row["label"], *map(_cell, cells), *compared, _spent(cells)])
+    return ["", *headings, *differences, "largest epsilon spent"], lines
+
+
+def _down(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines: one a row and method."""
+    first = _heading(next(iter(rows[0]["methods"].values())))
+    columns = ["", "", "accuracy", f"{first} minus it", "sent by all clients, MB", "largest epsilon spent"]
+    lines = []
+    for row in rows:
+        for number, cell in enumerate(row["methods"].values()):
+            label = row["label"] if number == 0 else ""
+            compared = "" if cell["difference"] is None else _difference(cell["difference"])
+            sent = f"{cell['bytes_up'] / 1e6:.3g}"
+            lines.append([label, _heading(cell), _cell(cell), compared, sent, _spent([cell])])
+    return columns, lines
+
+
+def _heading(cell: Mapping[str, Any]) -> str:
+    return str(cell["title"]) + ("" if cell["private"] else " (not private)")
+
+
+def _spent(cells: Sequence[Mapping[str, Any]]) -> str:
+    epsilons = [cell["largest_epsilon"] for cell in cells]
+    return "unbounded" if None in epsilons else f"{max(epsilons):.3f}"
+
+
 def _about_averages(found: Mapping[str, Any]) -> str:
     averaged = any(cell["average"] for row in found["rows"] for cell in row["methods"].values())
     return "; in brackets: averaged weights" if averaged else ""
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    cells = list(row["methods"].values())
-    epsilons = [cell["largest_epsilon"] for cell in cells]
-    spent = "unbounded" if None in epsilons else f"{max(epsilons):.3f}"
-    compared = [_difference(cell["difference"]) for cell in cells[1:]]
-    return f"| {' | '.join([row['label'], *map(_cell, cells), *compared, spent])} |"
 
 
 def _cell(cell: Mapping[str, Any]) -> str:

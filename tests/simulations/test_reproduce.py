@@ -180,3 +180,25 @@ def test_what_is_not_private_diverged_or_unbounded_is_marked(small):
     assert "oracle (not private)" in text
     assert "60.00 ± 14.14 (75.00) | 92.50 ± 3.54, 1 diverged | -32.50" in text
     assert "unbounded" in text
+
+
+def test_many_methods_stand_one_below_the_other(small):
+    names = ["one", "two", "three", "four"]
+    own = "".join(f'[own.{name}]\ntitle = "{name}"\nprivate = {str(name != "four").lower()}\n' for name in names)
+    Path(small).write_text(
+        f'title = "Four"\nmethods = {names}\n[[rows]]\nlabel = "a row"\nsettings = "small.toml"\n{own}'
+    )
+    table = tables.load(small)
+    results = {
+        ("small", name): [
+            result(0.5 + 0.1 * number, epsilon, bytes_up=2_500_000),
+            result(0.6, epsilon, bytes_up=2_500_000),
+        ]
+        for number, (name, epsilon) in enumerate(zip(names, (1.0, 1.5, 2.0, None), strict=True))
+    }
+    machine = {"commit": "c", "cpu": "a CPU", "cores": 2, "gpu": None}
+    lines = table_report.markdown(table_report.summary(table, results, 2, machine)).splitlines()
+    assert lines[2] == "|  |  | accuracy | one minus it | sent by all clients, MB | largest epsilon spent |"
+    assert lines[4] == "| a row | one | 55.00 ± 7.07 |  | 2.5 | 1.000 |"
+    assert lines[5] == "|  | two | 60.00 ± 0.00 | -5.00 ± 7.07, p 0.50 | 2.5 | 1.500 |"
+    assert lines[7] == "|  | four (not private) | 70.00 ± 14.14 | -15.00 ± 21.21, p 0.50 | 2.5 | unbounded |"
