@@ -128,14 +128,19 @@ def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
     device = inverse_scale.device
     values = torch.empty(use.num_records, dtype=torch.float64, device=device)
     chunk = use.chunk(len(inverse_scale)) if device.type == "cpu" else use.num_records
+    scaled = inverse_scale.new_empty(min(chunk, use.num_records), len(inverse_scale))
     for first in range(0, use.num_records, chunk):
         last = min(first + chunk, use.num_records)
-        gradients = use.gradients(first, last)
-        if mean is not None:
-            gradients = gradients - mean
-        if kept is not None:
-            kept[first:last] = gradients
-        values[first:last] = (gradients * inverse_scale).square_().sum(1)
+        if kept is None:
+            gradients = use.gradients(first, last)
+            if mean is not None:
+                gradients = gradients - mean
+        else:
+            gradients = kept[first:last]
+            use.write_gradients(first, last, gradients)
+            if mean is not None:
+                gradients -= mean
+        values[first:last] = torch.mul(gradients, inverse_scale, out=scaled[: last - first]).square_().sum(1)
     return values
 
 

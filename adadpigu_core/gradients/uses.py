@@ -77,6 +77,10 @@ class Use(ABC):
     def gradients(self, start: int, stop: int) -> Tensor:
         """Gradients of some records, float32 [stop - start, P], in the use's own order."""
 
+    def write_gradients(self, start: int, stop: int, target: Tensor) -> None:
+        """Write gradients of some records to ``target``, float32 [stop - start, P], in the use's own order."""
+        target.copy_(self.gradients(start, stop))
+
     @abstractmethod
     def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
         """Add the sum of c_i g_i to ``total``, float32 [*shape]."""
@@ -168,6 +172,11 @@ class Product(Use):
     def gradients(self, start: int, stop: int) -> Tensor:
         """Gradients of some records."""
         return torch.bmm(self.errors[start:stop].transpose(1, 2), self.inputs[start:stop]).flatten(1)
+
+    def write_gradients(self, start: int, stop: int, target: Tensor) -> None:
+        """Write gradients of some records to where they are kept, without a copy."""
+        errors, inputs = self.errors[start:stop].transpose(1, 2), self.inputs[start:stop]
+        torch.bmm(errors, inputs, out=target.view(stop - start, errors.shape[1], inputs.shape[2]))
 
     def set_weighted_sum(self, factors: Factors, total: Tensor) -> None:
         """Put the sum of c_i g_i into ``total`` as one product."""
