@@ -7,7 +7,9 @@ import pytest
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own
 def test_every_round_is_logged(finished, folder):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra tensorboard"
+    )
     run = finished(folder, runtime__tensorboard="true")
     log = events.EventAccumulator(str(folder / "tensorboard"))
     log.Reload()

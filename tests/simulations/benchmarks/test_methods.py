@@ -43,7 +43,7 @@ def test_sizes_of_the_transformer_and_the_residual_network():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_moves_the_weights_and_can_be_repeated(method):
     if method in OPACUS:
-        pytest.importorskip("opacus")
+        pytest.importorskip("opacus", reason="needs the extra benchmark")
     trained = Trained.of(task(method=method), batch=3)
     step = make_step(task(method=method), trained)
     seen = [flatten(trained.model)]
@@ -67,7 +67,7 @@ def test_layouts_change_no_plain_step(layout):
 @pytest.mark.parametrize("way", ["by_parameter", "as_vectors"])
 @pytest.mark.parametrize("model", ["mnist-cnn", "transformer"])
 def test_hooks_and_standardising_give_the_sum_of_the_simple_engine(model, way):
-    opacus_steps = pytest.importorskip("simulations.benchmarks.opacus_steps")
+    opacus_steps = pytest.importorskip("simulations.benchmarks.opacus_steps", reason="needs the extra benchmark")
     trained = Trained.of(task(model), batch=3)
     expected = clipped_sum(trained.model, cross_entropy, trained.records, trained.standardisation, CLIPPING_NORM)
     assert bool((expected.norms > CLIPPING_NORM).any()), "something must have been clipped"
