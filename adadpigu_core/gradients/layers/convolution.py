@@ -1,9 +1,9 @@
 """Convolutions in one to three dimensions, transposed ones included.
 
-There are two ways to the gradients of n records. Either they are the weight gradient of one convolution with n times
-the groups, for which torch has fast kernels; these read nothing of the weight but its shape, so that an expanded number
-stands in for it. Or the patches that a filter sees are laid out as rows, and a product for each record does the rest,
-which is faster for large filters on a CPU and for all of them on an accelerator.
+There are two ways to the gradients of n records. Where it is simple, the patches that a filter sees are laid out as
+rows, and a product for each record does the rest, which is the faster way. Otherwise they are the weight gradient of
+one convolution with n times the groups, for which torch has kernels; these read nothing of the weight but its shape, so
+that an expanded number stands in for it.
 """
 
 import math
@@ -19,8 +19,8 @@ from adadpigu_core.gradients.recorder import Argument, Layer, Recorder, register
 from adadpigu_core.gradients.transform import Block
 from adadpigu_core.gradients.uses import Dense, Factors, Product, Use
 
-_LARGE_FILTER = 50_000  # floats of a gradient beyond which patches are faster on a CPU
 _CACHED_FLOATS = 300_000
+_CACHED_PATCHES = 600_000  # floats of gradients and patches together
 
 
 @dataclass(frozen=True)
@@ -146,19 +146,30 @@ class Patches(Filters):
     def chunk(self, size: int) -> int:
         """How many gradients to make at a time: their patches need room, too."""
         patches = self.positions * math.prod(self._shape[1:])
-        return max(1, _CACHED_FLOATS // (size + patches))
+        return max(1, _CACHED_PATCHES // (size + patches))
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Gradients of some records."""
+        return torch.bmm(*self._matrices(start, stop)).flatten(1)
+
+    def write_gradients(self, start: int, stop: int, target: Tensor) -> None:
+        """Write gradients of some records to where they are kept, without a copy."""
+        errors, patches = self._matrices(start, stop)
+        torch.bmm(errors, patches, out=target.view(stop - start, errors.shape[1], patches.shape[2]))
+
+    def _matrices(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Output gradients, [n, O, T], and patches, [n, T, height width C], of some records."""
         rows = slice(start * self._views, stop * self._views)
         x, e = self.inputs[rows].permute(0, 2, 3, 1), self.errors[rows].permute(0, 2, 3, 1)
         vertical, horizontal = self.geometry.padding
-        x = F.pad(x, (0, 0, horizontal, horizontal, vertical, vertical)).contiguous()
+        if vertical or horizontal:
+            x = F.pad(x, (0, 0, horizontal, horizontal, vertical, vertical))
+        x = x.contiguous()
         windows = x.unfold(1, self._shape[2], self.geometry.stride[0]).unfold(
             2, self._shape[3], self.geometry.stride[1]
         )  # [n K, height, width, C, kernel height, kernel width]
         patches = windows.permute(0, 1, 2, 4, 5, 3).reshape(stop - start, self.positions, -1)
-        return torch.bmm(e.reshape(stop - start, self.positions, -1).transpose(1, 2), patches).flatten(1)
+        return e.reshape(stop - start, self.positions, -1).transpose(1, 2), patches
 
     def arranged(self, values: Tensor) -> Tensor:
         """Put [O, C, height, width] into the own order."""
@@ -217,8 +228,7 @@ class Convolution(Layer):
     def _use(self, recorder: Recorder, x: Tensor, e: Tensor) -> Use:
         weight = self.weight.value
         if not self.geometry.pointwise(weight):
-            large = weight.numel() > _LARGE_FILTER or weight.device.type != "cpu"
-            kind = Patches if large and self.geometry.plain else Filters
+            kind = Patches if self.geometry.plain else Filters
             return kind(x, e, recorder.num_records, weight, self.geometry)
         inputs, errors = (recorder.by_record(values.flatten(2).transpose(1, 2)) for values in (x, e))
         return Pointwise(inputs, errors)
