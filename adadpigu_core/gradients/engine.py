@@ -42,7 +42,10 @@ from adadpigu_core.parameters import ParameterLayout
 # A sum may be made by another kernel than its norm: the rounding errors of the two differ by this much of the gradient,
 # which is the standardised gradient and the mean, at most.
 _KERNELS = 1e-6
-_CPU_MEMORY = 128 * 2**20
+# What caches like. But every physical batch lays out the weights anew and goes through the sum once, so that large
+# records may take more, for some of them to share that.
+_CPU_MEMORY, _MOST_CPU_MEMORY = 128 * 2**20, 512 * 2**20
+_ENOUGH_RECORDS = 16
 
 
 def clipped_sum(
@@ -83,7 +86,7 @@ def clipped_sum(
     norms = [torch.zeros(0, dtype=torch.float64, device=device)]
     with _exact(model, layout, transform) as active:
         largest = max((stop - start for start, stop in batches), default=0)
-        workspace = Workspace(_memory(options, device) // 2 // 4, largest, device)
+        workspace = Workspace(_memory(found, options, device) // 2 // 4, largest, device)
         task = _Task(model, loss, active, transform, clipping_norm, found, options, augmentation, workspace)
         for start, stop in batches:
             features, labels = (
@@ -109,16 +112,18 @@ def _physical_batches(
     count: int, found: Survey, options: GradientOptions, device: torch.device
 ) -> list[tuple[int, int]]:
     """Divide records into batches of nearly equal size; activations take half of the memory, kept gradients half."""
-    number = math.ceil(count / max(1, _memory(options, device) // 2 // found.bytes_per_record))
+    number = math.ceil(count / max(1, _memory(found, options, device) // 2 // found.bytes_per_record))
     bounds = [i * count // number for i in range(number + 1)] if count else []
     return list(pairwise(bounds))
 
 
-def _memory(options: GradientOptions, device: torch.device) -> int:
-    """Bytes for one physical batch: by default what caches like, or a share of what an accelerator has free."""
+def _memory(found: Survey, options: GradientOptions, device: torch.device) -> int:
+    """Bytes for one physical batch: by default what suits caches and weights, or a share of what an accelerator has."""
     if options.memory_limit is not None:
         return options.memory_limit
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CPU_MEMORY
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    return min(max(_CPU_MEMORY, 2 * _ENOUGH_RECORDS * found.bytes_per_record), _MOST_CPU_MEMORY)
 
 
 Active = dict[str, tuple[Tensor, int]]

@@ -9,7 +9,7 @@ from torch import nn
 from adadpigu_core import gradients
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
-from adadpigu_core.gradients import clipped_sum
+from adadpigu_core.gradients import clipped_sum, engine, survey
 from adadpigu_core.parameters import ParameterLayout
 
 
@@ -90,6 +90,13 @@ def test_a_memory_limit_bounds_the_physical_batch(built, records_of, cross_entro
         largest[limit] = max(counting.seen)
     assert largest[1] <= 8
     assert largest[10**12] == 64
+
+
+@pytest.mark.parametrize(("megabytes", "expected"), [(1, 64), (6, 16), (12, 16), (64, 4), (1000, 1)])
+def test_large_records_get_more_memory_up_to_a_bound(megabytes, expected):
+    found = survey.Survey(frozenset(), megabytes * 2**20)
+    batches = engine._physical_batches(256, found, gradients.GradientOptions(), torch.device("cpu"))
+    assert batches[0] == (0, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
