@@ -8,6 +8,8 @@ are as private as the record and cost nothing. They are computed once, not in ev
     scattering   wavelet scattering of images (`scattering`), each record's features normalised in groups of channels
     scattering-strokes   these of upright pictures, along the axes on which made-up drawings differ (`strokes`), for
                          handwriting and the like
+    patches      how patches of a photograph resemble those of made-up photographs, along the axes on which these differ
+                 (`patches`)
 
 Left out: features that were trained on anybody's data.
 """
@@ -19,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adadpigu_core import scattering, strokes
+from adadpigu_core import patches, principal_axes, scattering, strokes
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
 
-RAW, SCATTERING, STROKES = "raw", "scattering", "scattering-strokes"
-FEATURES = (RAW, SCATTERING, STROKES)
+RAW, SCATTERING, STROKES, PATCHES = "raw", "scattering", "scattering-strokes", "patches"
+FEATURES = (RAW, SCATTERING, STROKES, PATCHES)
 _LEAST_SIZE = 8
 _GROUPS = 9  # of the 81 channels of scattering
 _PIECE = 256
@@ -38,6 +40,13 @@ def feature_shape(name: str, input_shape: tuple[int, ...]) -> tuple[int, ...]:
     """
     if name == RAW:
         return input_shape
+    if name == PATCHES:
+        if len(input_shape) != 3 or any(size < patches.LEAST_SIZE for size in input_shape[1:]):
+            raise ConfigurationError(
+                f"features: {name} takes images whose sides are at least {patches.LEAST_SIZE}, not records of shape "
+                f"{input_shape}; use raw"
+            )
+        return (patches.NUM_AXES,)
     stride = scattering.STRIDE
     if len(input_shape) != 3 or any(size < _LEAST_SIZE or size % stride for size in input_shape[1:]):
         raise ConfigurationError(
@@ -61,8 +70,7 @@ def features(name: str, raw: Tensor) -> Tensor:
         return raw
     found = torch.empty(len(raw), *feature_shape(name, tuple(raw.shape[1:])), device=raw.device)
     for start in range(0, len(raw), _PIECE):
-        piece = raw[start : start + _PIECE]
-        found[start : start + _PIECE] = _along_strokes(piece) if name == STROKES else _scattered(piece)
+        found[start : start + _PIECE] = _FRONT_ENDS[name](raw[start : start + _PIECE])
     return found
 
 
@@ -76,10 +84,14 @@ def _scattered(raw: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _axes(height: int, width: int) -> strokes.Axes:
+def _axes(height: int, width: int) -> principal_axes.Axes:
     """Axes for one channel of an image of this size."""
     pictures = strokes.upright(strokes.drawings(height, width))
-    return strokes.axes(_scattered(pictures).flatten(1).numpy())
+    drawn = _scattered(pictures).flatten(1).numpy()
+    return principal_axes.axes(drawn, strokes.num_axes(drawn.shape[1]))
+
+
+_FRONT_ENDS = {SCATTERING: _scattered, STROKES: _along_strokes, PATCHES: patches.features}
 
 
 def applied(name: str, records: Records) -> Records:

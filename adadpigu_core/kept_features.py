@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adadpigu_core import front_ends, scattering, strokes
+from adadpigu_core import front_ends, leaves, patches, principal_axes, scattering, strokes
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
 
@@ -76,7 +76,8 @@ def public_features(front_end: str, records: Records) -> Records:
 
 def _version() -> str:
     """Hash of the source of the front ends: features of another version are others."""
-    sources = (Path(str(module.__file__)).read_bytes() for module in (front_ends, scattering, strokes))
+    modules = (front_ends, scattering, strokes, leaves, patches, principal_axes)
+    sources = (Path(str(module.__file__)).read_bytes() for module in modules)
     return hashlib.sha256(b"\0".join(sources)).hexdigest()[:16]
 
 

@@ -3,24 +3,18 @@
 A picture is first moved so that its ink is centred, and sheared so that it does not lean: a function of that picture
 alone, which writers would not notice and which classifiers need not learn.
 
-Its scattering features have 3,969 coordinates for 28 x 28 pixels. They share a large mean, and most of their
-directions hardly vary, but a private step puts the same noise on every weight. So they are centred and turned to
-the principal axes of the features of made-up drawings, of which the leading ones are kept; and axis j is divided
-by the cube root of its variance, between leaving it as it is and whitening it, so that weak axes are learnt before
-the noise of many steps has added up.
+Its scattering features have 3,969 coordinates for 28 x 28 pixels, and are turned to the axes on which those of made-up
+drawings differ (`principal_axes`).
 
 The drawings are random Bezier curves, which know of handwriting that it is made of strokes, and of no data set
-anything: they cost no privacy. Computed in float64, so that all machines find the same axes.
+anything: they cost no privacy.
 
 Left out: other images. On smooth random fields, the axes are worth nothing for handwriting.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 _DRAWINGS = 1000
@@ -61,38 +55,9 @@ def upright(images: Tensor) -> Tensor:
     return F.grid_sample(ink, 2 * source / size - 1, align_corners=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Axes:
-    """How features are centred and projected: (x - mean) @ projection.
-
-    Args:
-        mean: Of the features of drawings, float32 [P].
-        projection: Axes divided by the cube roots of their variances, float32 [P, k]; the squared norm of the projected
-            features of a drawing is k on average.
-    """
-
-    mean: Tensor
-    projection: Tensor
-
-    def project(self, features: Tensor) -> Tensor:
-        """Project features, [..., P] to [..., k]."""
-        return (features - self.mean.to(features.device)) @ self.projection.to(features.device)
-
-
 def num_axes(num_features: int) -> int:
     """How many axes are kept of so many coordinates."""
     return min(_MOST_AXES, num_features // _COORDINATES_AN_AXIS)
-
-
-def axes(features: NDArray[np.float64]) -> Axes:
-    """Find the axes of the features of drawings, float64 [n, P]."""
-    from sklearn.decomposition import PCA  # noqa: PLC0415 - takes two seconds
-
-    found = PCA(num_axes(features.shape[1]), svd_solver="full").fit(features)
-    scale = found.explained_variance_ ** (-1 / 3)
-    projection = found.components_ * scale[:, None]
-    projection *= np.sqrt(len(scale) / (found.explained_variance_ * scale**2).sum())
-    return Axes(torch.from_numpy(found.mean_).float(), torch.from_numpy(projection.T).float().contiguous())
 
 
 def drawings(height: int, width: int) -> Tensor:

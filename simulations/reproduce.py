@@ -89,13 +89,19 @@ def reproduce(table: Table, seeds: int, jobs: int, output: Path, watch: Watch, s
 
 def runs(table: Table, seeds: int, output: Path) -> list[Run]:
     """All runs of a table: by row, method and seed."""
-    return [_run(row, method, seed, output) for row in table.rows for method in table.methods for seed in range(seeds)]
+    return [
+        _run(row, method, seed, output, table.changes)
+        for row in table.rows
+        for method in table.methods
+        for seed in range(seeds)
+    ]
 
 
-def _run(row: Row, method: Method, seed: int, output: Path) -> Run:
+def _run(row: Row, method: Method, seed: int, output: Path, changes: Mapping[str, Value]) -> Run:
     flat = {
         **read_settings(row.settings),
         **row.changes(method),
+        **changes,
         "seed": seed,
         "federation.partition-seed": seed,
     }

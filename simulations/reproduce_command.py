@@ -1,5 +1,6 @@
 """The command ``adadpigu reproduce``: tables of results, made again."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,9 @@ the folder that ADADPIGU_FEATURES_DIR names (1.1 GB for MNIST under scattering).
 
   adadpigu reproduce mnist --seeds 5 --jobs 4 --output runs/mnist
 
+  adadpigu reproduce cifar10-central -c task.dataset=npz:my_copy_of_cifar10.npz
+      with one setting changed in all runs
+
   adadpigu reproduce my_table.toml
       a table of your own, written like those in simulations/experiments/tables
 """
@@ -36,14 +40,19 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry, with seeds from 0.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side; each then has one worker process.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs that are there are kept.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("-c", metavar="KEY=VALUE", help="One setting, in all runs.")
+    ] = None,
 ) -> None:
     """Make a table, or list what there is."""
     from simulations import tables
+    from simulations.command_line import parse_overrides
 
     console = Console()
     try:
         if table:
-            _make(console, tables.load(table), seeds, jobs, output)
+            changed = replace(tables.load(table), changes=parse_overrides(override or []))
+            _make(console, changed, seeds, jobs, output)
         else:
             _list(console, [tables.load(name) for name in tables.names()])
     except AdaDPIGUError as error:

@@ -27,10 +27,11 @@ def summary(table: Table, results: Results, seeds: int, machine: Mapping[str, An
         machine: Commit and hardware.
     """
     runs = [run for each in results.values() for run in each]
+    changes = "".join(f" -c {key}={value}" for key, value in table.changes.items())
     return {
         "table": table.name,
         "title": table.title,
-        "command": f"adadpigu reproduce {table.name} --seeds {seeds}",
+        "command": f"adadpigu reproduce {table.name} --seeds {seeds}{changes}",
         "seeds": list(range(seeds)),
         "code": sorted({run["code"] for run in runs}),
         "rounds": sorted({run["rounds"] for run in runs}),

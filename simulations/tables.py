@@ -11,7 +11,7 @@ The first method is the one that the others are compared with.
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,14 @@ class Table:
         title: For the heading.
         rows: At least one.
         methods: At least one; the first is compared with each of the others.
+        changes: Settings that differ from those of all files, as the user wants.
     """
 
     name: str
     title: str
     rows: tuple[Row, ...]
     methods: tuple[Method, ...]
+    changes: Mapping[str, Value] = field(default_factory=dict)
 
 
 def names() -> tuple[str, ...]:

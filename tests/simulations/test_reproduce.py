@@ -6,13 +6,15 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
-from server.run_folder import METRICS, RESULT
+from adadpigu_core.settings_file import read_toml
+from server.run_folder import CONFIGURATION, METRICS, RESULT
 from simulations import process_tree, table_report, tables
 from simulations.reproduce import JSON, reproduce, runs
 from simulations.simulate import read_settings
@@ -74,6 +76,16 @@ def test_a_method_changes_a_row_and_what_was_tuned_for_it_wins(small):
     assert parse(flat["dp-sgd"]).retention.initial_ratio == 1.0
     assert flat["dp-sgd"]["optimiser.local-learning-rate"] == 0.2
     assert flat["adadpigu"]["task.model"] == flat["dp-sgd"]["task.model"] == "linear"
+
+
+def test_what_the_user_changes_is_changed_in_all_runs_and_said(small, tmp_path):
+    changed = replace(tables.load(small), changes={"federation.num-rounds": 1, "optimiser.local-learning-rate": 0.3})
+    reproduce(changed, 1, 1, tmp_path / "out", unseen, lambda _: None)
+    found = json.loads((tmp_path / "out" / JSON).read_text())
+    assert found["rounds"] == [1]
+    assert found["command"].endswith("-c federation.num-rounds=1 -c optimiser.local-learning-rate=0.3")
+    kept = [parse(read_toml(run.folder / CONFIGURATION)) for run in runs(changed, 1, tmp_path / "out")]
+    assert {each.optimiser.local_learning_rate for each in kept} == {0.3}, "even what a method tunes"
 
 
 @pytest.mark.parametrize(
