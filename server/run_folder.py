@@ -3,18 +3,22 @@
     config.toml      the configuration as resolved
     metrics.jsonl    one line a round
     privacy.json     the tally, after every round
-    checkpoint.npz   everything that is needed to go on
+    checkpoint.npz   everything that is needed to go on, or of a large model the list of its pieces
+    checkpoint-*     those pieces, each small enough to be carried where files have a largest size
     result.json      the outcome, when the run is over
 
 A simulation adds report.html, for people, and clients.csv if its clients come from a list.
 
-Files are replaced in one step, so that a run that is killed leaves whole files. Numbers that are not finite, which
-JSON does not know, are written as null: an epsilon of null is infinite.
+Files are replaced in one step, so that a run that is killed leaves whole files. Pieces are named by what is in them:
+those of a new checkpoint lie beside those of the old until ``checkpoint.npz`` names them. Numbers that are not finite,
+which JSON does not know, are written as null: an epsilon of null is infinite.
 """
 
+import hashlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ from adadpigu_core.exceptions import ConfigurationError, DataError
 
 CONFIGURATION, METRICS, PRIVACY = "config.toml", "metrics.jsonl", "privacy.json"
 CHECKPOINT, RESULT = "checkpoint.npz", "result.json"
+LARGEST_PIECE = 12 * 2**20  # bytes: one vector of three million parameters
+_PIECES, _PIECE = "pieces", re.compile(r"\.?checkpoint-[0-9a-f]{64}(\.new)?")
 
 
 class RunFolder:
@@ -78,7 +84,18 @@ class RunFolder:
 
     def save_checkpoint(self, arrays: dict[str, NDArray[Any]], values: dict[str, Any]) -> None:
         """Replace the checkpoint."""
-        self._replace(CHECKPOINT, archive.pack(arrays, values))
+        data = archive.pack(arrays, values)
+        names = []
+        if len(data) > LARGEST_PIECE:
+            for start in range(0, len(data), LARGEST_PIECE):
+                piece = data[start : start + LARGEST_PIECE]
+                names.append(f"checkpoint-{hashlib.sha256(piece).hexdigest()}")
+                self._replace(names[-1], piece)
+            data = archive.pack({}, {_PIECES: names})
+        self._replace(CHECKPOINT, data)
+        for path in self.path.iterdir():  # pieces of the checkpoint before, or of one that was never finished
+            if _PIECE.fullmatch(path.name) and path.name not in names:
+                path.unlink()
 
     def load_checkpoint(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]] | None:
         """Read the checkpoint; None if there is none.
@@ -90,9 +107,13 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            return archive.unpack(path.read_bytes())
-        except DataError as error:
+            arrays, values = archive.unpack(path.read_bytes())
+            if _PIECES in values:
+                pieces = ((self.path / name).read_bytes() for name in values[_PIECES])
+                arrays, values = archive.unpack(b"".join(pieces))
+        except (DataError, FileNotFoundError) as error:
             raise DataError(f"{path}: the checkpoint is damaged; start a new run") from error
+        return arrays, values
 
     def _replace(self, name: str, data: bytes) -> None:
         temporary = self.path / f".{name}.new"

@@ -21,8 +21,8 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 from typer.testing import CliRunner
 
-from adadpigu_core import archive
 from client.app import app as client_app
+from server.run_folder import RunFolder
 from simulations import command_line, simulate, worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,7 +129,7 @@ class Run:
 
     @property
     def checkpoint(self):
-        return archive.unpack((self.folder / "checkpoint.npz").read_bytes())
+        return RunFolder(self.folder).load_checkpoint()
 
     @property
     def weights(self):

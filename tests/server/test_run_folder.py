@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from adadpigu_core.exceptions import ConfigurationError, DataError
+from server import run_folder
 from server.run_folder import CHECKPOINT, METRICS, RunFolder
 
 
@@ -106,6 +107,74 @@ class TestCheckpoint:
         folder.save_checkpoint({"weights": np.zeros(3)}, {"round": 1})
         folder.write_text("config.toml", "seed = 0\n")
         assert sorted(path.name for path in folder.path.iterdir()) == [CHECKPOINT, "config.toml"]
+
+
+class TestPieces:
+    """A checkpoint that would be a large file lies in several."""
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(run_folder, "LARGEST_PIECE", 1000)
+
+    @staticmethod
+    def save(folder, number, size=2000):
+        folder.save_checkpoint({"weights": np.arange(size) + number, "zeros": np.zeros(1000)}, {"round": number})
+
+    @staticmethod
+    def pieces(folder):
+        return {path.name for path in folder.path.iterdir()} - {CHECKPOINT}
+
+    def test_round_trip_in_small_files(self, folder):
+        for number in (1, 2):
+            self.save(folder, number)
+            arrays, values = folder.load_checkpoint()
+            np.testing.assert_array_equal(arrays["weights"], np.arange(2000) + number, strict=True)
+            np.testing.assert_array_equal(arrays["zeros"], np.zeros(1000), strict=True)
+            assert values == {"round": number}
+        assert max((folder.path / name).stat().st_size for name in self.pieces(folder)) == 1000
+
+    def test_nothing_else_is_removed_and_nothing_left_over(self, folder):
+        (folder.path / "checkpoint-mine.npz").write_text("")
+        (folder.path / f".checkpoint-{'0' * 64}.new").write_text("left by a crash")
+        self.save(folder, 1)
+        count = len(self.pieces(folder))
+        self.save(folder, 2)
+        assert len(self.pieces(folder)) == count
+        folder.save_checkpoint({"weights": np.zeros(3)}, {"round": 3})
+        assert self.pieces(folder) == {"checkpoint-mine.npz"}
+        assert folder.load_checkpoint()[1] == {"round": 3}
+
+    def test_a_crash_at_any_file_leaves_the_old_one(self, folder, monkeypatch):
+        replace = RunFolder._replace
+        self.save(folder, 1)
+        for survived in range(len(self.pieces(folder)) + 1):  # the last is checkpoint.npz
+            written = []
+
+            def crash(self, name, data, survived=survived, written=written):
+                if len(written) == survived:
+                    raise KeyboardInterrupt
+                written.append(name)
+                replace(self, name, data)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(RunFolder, "_replace", crash)
+                with pytest.raises(KeyboardInterrupt):
+                    self.save(folder, 2)
+            assert folder.load_checkpoint()[1] == {"round": 1}
+        self.save(folder, 2)
+        assert folder.load_checkpoint()[1] == {"round": 2}
+
+    @pytest.mark.parametrize("act", ["cut", "alter", "remove", "exchange"])
+    def test_a_damaged_piece_is_noticed(self, folder, act):
+        self.save(folder, 1)
+        one, other = sorted(folder.path / name for name in self.pieces(folder))[:2]
+        data = one.read_bytes()
+        if act == "remove":
+            one.unlink()
+        else:
+            one.write_bytes({"cut": data[:-1], "alter": data[:-1] + b"?", "exchange": other.read_bytes()}[act])
+        with pytest.raises(DataError, match="start a new run"):
+            folder.load_checkpoint()
 
 
 class TestFolder:
