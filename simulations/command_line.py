@@ -6,6 +6,7 @@ Whatever needs torch is imported by the commands that need it, so that help and 
 import logging
 import shlex
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Annotated
@@ -62,6 +63,9 @@ _SIMULATE = """Run a whole federation on this machine: the real clients and the 
   adadpigu simulate --resume runs/mnist
       go on with a run that was interrupted
 
+  adadpigu simulate --resume runs/mnist --stop-after 9
+      go on for 9 minutes at most, where programs may not run longer
+
 [bold]adadpigu settings[/bold] lists every key, its default and its meaning.
 """
 
@@ -85,11 +89,16 @@ def simulate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; must be new or empty.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
+    stop_after: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", min=0, help="End before the round that would take longer; --resume goes on."),
+    ] = None,
 ) -> None:
     """Run a simulation and print its outcome."""
     console = Console()
+    deadline = None if stop_after is None else time.monotonic() + 60 * stop_after  # what is imported below counts too
     try:
-        _simulate(console, config, override or [], engine, ray_address, output, resume)
+        _simulate(console, config, override or [], engine, ray_address, output, resume, deadline)
     except AdaDPIGUError as error:
         raise failed(error) from error
 
@@ -102,12 +111,15 @@ def _simulate(
     ray_address: str | None,
     output: Path | None,
     resume: Path | None,
+    deadline: float | None,
 ) -> None:
     from simulations import simulate as engines
     from simulations.display import introduce, progressing, say, show_result
 
     if engine not in engines.ENGINES:
         raise ConfigurationError(f"--engine: {engine!r} is none of {', '.join(engines.ENGINES)}")
+    if deadline is not None and engine != "in-process":
+        raise ConfigurationError("--stop-after: only runs of the in-process engine can end between two rounds")
     if resume is not None:
         if config is not None or overrides or output is not None:
             raise ConfigurationError(
@@ -121,12 +133,17 @@ def _simulate(
         simulation = engines.prepare(flat)
     introduce(console, simulation.configuration, simulation.records, simulation.done)
     configuration = simulation.configuration
+    go_on = f"Go on with: adadpigu simulate --resume {shlex.quote(str(simulation.folder.path))}"
+    stop_after = None if deadline is None else engines.StopAfter(deadline)
     try:
         with progressing(console, configuration.federation.num_rounds, simulation.done) as progress:
-            result = engines.simulate(simulation, engine, progress.show, ray_address)
+            result = engines.simulate(simulation, engine, progress.show, ray_address, stop_after=stop_after)
     except KeyboardInterrupt:
-        say(console, f"Interrupted. Go on with: adadpigu simulate --resume {shlex.quote(str(simulation.folder.path))}")
+        say(console, f"Interrupted. {go_on}")
         raise typer.Exit(130) from None
+    except engines.StoppedError as stopped:
+        say(console, f"{stopped} {go_on}")
+        return
     show_result(console, result)
     say(console, f"The run is in {simulation.folder.path}")
 

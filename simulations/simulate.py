@@ -29,6 +29,34 @@ _CLIENTS = "clients.csv"
 Show = Callable[[dict[str, Any]], None]
 
 
+class StoppedError(Exception):
+    """A run was ended between two rounds, because time was up; it can go on."""
+
+
+class StopAfter:
+    """Ends a run between two rounds, so that no round is begun that would not be over in time.
+
+    A first round is always carried out, so that every piece of a run brings it forward.
+
+    Args:
+        deadline: On the clock.
+        clock: Gives seconds.
+    """
+
+    def __init__(self, deadline: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._deadline, self._clock, self._longest = deadline, clock, 0.0
+
+    def __call__(self, metrics: Mapping[str, Any], num_rounds: int) -> None:
+        """Look at the clock after a round.
+
+        Raises:
+            StoppedError: If the run is to end here.
+        """
+        self._longest = max(self._longest, metrics["seconds"])
+        if metrics["round"] < num_rounds and self._clock() + self._longest > self._deadline:
+            raise StoppedError(f"Stopped after round {metrics['round']} of {num_rounds}.")
+
+
 @dataclass(frozen=True)
 class Simulation:
     """A checked run that has not started.
@@ -106,7 +134,13 @@ def resume(path: Path) -> Simulation:
 
 
 def simulate(
-    simulation: Simulation, engine: str, show: Show, ray_address: str | None = None, *, secret_noise: bool = False
+    simulation: Simulation,
+    engine: str,
+    show: Show,
+    ray_address: str | None = None,
+    *,
+    secret_noise: bool = False,
+    stop_after: StopAfter | None = None,
 ) -> dict[str, Any]:
     """Run it and give what stands in ``result.json``.
 
@@ -117,12 +151,14 @@ def simulate(
         ray_address: For ``flower``: a Ray cluster that runs already; else a new one is started.
         secret_noise: For ``in-process``: sample and noise by secret randomness, which no seed repeats. (Those of
             ``flower`` are always secret.)
+        stop_after: For ``in-process``: when to end the run before its last round.
 
     Raises:
         AdaDPIGUError: If the run failed.
+        StoppedError: If ``stop_after`` has ended it.
     """
     check_oracle(simulation.configuration, available=engine == "in-process")
-    watchers = _Watchers(simulation, show)
+    watchers = _Watchers(simulation, show, stop_after)
     try:
         if engine == "in-process":
             return _in_process(simulation, watchers.see, secret_noise=secret_noise)
@@ -132,10 +168,12 @@ def simulate(
 
 
 class _Watchers:
-    """Everything that is told of every round: the display, the report, and TensorBoard if that is wanted."""
+    """Everything that is told of every round: display, report, TensorBoard if that is wanted, and who may stop it."""
 
-    def __init__(self, simulation: Simulation, show: Show) -> None:
+    def __init__(self, simulation: Simulation, show: Show, stop_after: StopAfter | None) -> None:
         path, runtime = simulation.folder.path, simulation.configuration.runtime
+        self._num_rounds = simulation.configuration.federation.num_rounds
+        self._stop_after = stop_after
         self._show = show
         self._report = LiveReport(path)
         self._log = TensorBoardLog(path) if runtime.tensorboard else None
@@ -145,6 +183,8 @@ class _Watchers:
         self._report.update()
         if self._log is not None:
             self._log.add(metrics)
+        if self._stop_after is not None:
+            self._stop_after(metrics, self._num_rounds)
 
     def finish(self) -> None:
         self._report.finish()
@@ -281,4 +321,15 @@ def _claim_ledgers(configuration: Configuration) -> None:
         )
 
 
-__all__ = ["CHECKPOINT", "ENGINES", "Simulation", "prepare", "read_settings", "resolved", "resume", "simulate"]
+__all__ = [
+    "CHECKPOINT",
+    "ENGINES",
+    "Simulation",
+    "StopAfter",
+    "StoppedError",
+    "prepare",
+    "read_settings",
+    "resolved",
+    "resume",
+    "simulate",
+]

@@ -122,6 +122,9 @@ class TestFiles:
     def test_an_unknown_engine(self, fails):
         assert "--engine: 'spark' is none of in-process, flower" in fails("--engine", "spark")
 
+    def test_an_engine_that_does_not_stop_between_rounds(self, fails):
+        assert "--stop-after: only runs of the in-process engine" in fails("--engine", "flower", "--stop-after", 1)
+
 
 class TestOwnArrays:
     def fails(self, fails, path, **options):

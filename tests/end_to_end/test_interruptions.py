@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from server import run_folder
 from server.run_folder import RunFolder
 
 # Messages 0 to 2 are descriptions; then come four rounds of three.
@@ -72,4 +73,30 @@ def test_before_any_file_is_written(adadpigu, tiny, run_in, folder, check, monke
         assert adadpigu("--output", folder, settings=tiny).exit_code == 130
     assert written[-1] == name
     assert adadpigu("--resume", folder).exit_code == 0
+    check(run_in(folder))
+
+
+def test_in_pieces_that_end_by_the_clock(adadpigu, tiny, run_in, folder, check, monkeypatch):
+    """Each is one round, for which there is no time at all; checkpoints lie in several files."""
+    monkeypatch.setattr(run_folder, "LARGEST_PIECE", 4000)
+    result = adadpigu("--output", folder, "--stop-after", 0, settings=tiny)
+    run = run_in(folder)
+    for number in (1, 2, 3):
+        assert result.exit_code == 0, result.output
+        said = f"Stopped after round {number} of 4. Go on with: adadpigu simulate --resume {folder}\n"
+        assert said in result.stdout
+        assert run.checkpoint[1]["round"] == number
+        assert {len(rows) for rows in run.ledgers().values()} == {number}  # what was charged was released
+        assert not (folder / "result.json").exists()
+        result = adadpigu("--resume", folder, "--stop-after", 0)
+    assert result.exit_code == 0, result.output
+    assert "Stopped" not in result.stdout
+    assert len(list(folder.glob("checkpoint-*"))) > 1
+    check(run)
+
+
+def test_time_enough_is_no_stop(adadpigu, tiny, run_in, folder, check):
+    result = adadpigu("--output", folder, "--stop-after", 9, settings=tiny)
+    assert result.exit_code == 0
+    assert "Stopped" not in result.stdout
     check(run_in(folder))
