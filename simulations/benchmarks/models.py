@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adadpigu_core.datasets import Records
-from adadpigu_core.models import ModelSpec, build
+from adadpigu_core.models import ModelSpec, StandardisedConv2d, build
 
 _SHAPES = {
     "mnist-cnn": (1, 28, 28),
@@ -41,6 +41,11 @@ def wide_mlp(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     first = nn.Linear(math.prod(input_shape), 1024)
     layers = (first, nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, num_classes))
     return nn.Sequential(*layers) if len(input_shape) == 1 else nn.Sequential(nn.Flatten(), *layers)
+
+
+def wide_resnet(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Wide residual network with standardised filters: a factory, as ``wide_mlp`` is one."""
+    return WideResNet(StandardisedConv2d, input_shape[0], num_classes)
 
 
 def make_records(name: str, count: int, seed: int = 0) -> Records:
@@ -108,35 +113,43 @@ class _EncoderLayer(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide residual network 16-4 for 32 x 32 images, pre-activation, with group instead of batch normalisation."""
+    """Wide residual network 16-4, pre-activation, with group instead of batch normalisation.
 
-    def __init__(self) -> None:
+    Args:
+        convolution: Class of the convolutions.
+        channels: Of the images.
+        num_classes: Number of outputs.
+    """
+
+    def __init__(
+        self, convolution: type[nn.Conv2d] = nn.Conv2d, channels: int = 3, num_classes: int = _CLASSES
+    ) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.convolution = convolution(channels, 16, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         channels = 16
         for width, stride in ((64, 1), (128, 2), (256, 2)):
-            blocks += [_ResidualBlock(channels, width, stride), _ResidualBlock(width, width, 1)]
+            blocks += [_ResidualBlock(convolution, *shape) for shape in ((channels, width, stride), (width, width, 1))]
             channels = width
         self.blocks = nn.Sequential(*blocks)
         self.normalisation = nn.GroupNorm(16, channels)
-        self.output = nn.Linear(channels, _CLASSES)
+        self.output = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [n, 3, 32, 32] to logits [n, 10]."""
+        """Map images [n, channels, height, width] to logits [n, num_classes]."""
         hidden = F.silu(self.normalisation(self.blocks(self.convolution(images))))
         logits: Tensor = self.output(hidden.mean((2, 3)))
         return logits
 
 
 class _ResidualBlock(nn.Module):
-    def __init__(self, channels: int, width: int, stride: int) -> None:
+    def __init__(self, convolution: type[nn.Conv2d], channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.normalisation1 = nn.GroupNorm(16, channels)
-        self.convolution1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.convolution1 = convolution(channels, width, 3, stride, 1, bias=False)
         self.normalisation2 = nn.GroupNorm(16, width)
-        self.convolution2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.shortcut = None if channels == width else nn.Conv2d(channels, width, 1, stride, bias=False)
+        self.convolution2 = convolution(width, width, 3, 1, 1, bias=False)
+        self.shortcut = None if channels == width else convolution(channels, width, 1, stride, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         active = F.silu(self.normalisation1(hidden))
