@@ -184,7 +184,9 @@ class RuntimeSettings:
     evaluate_every: int = _setting(1, "rounds between evaluations on public test data", least=1)
     tensorboard: bool = _setting(False, "simulation only: write metrics for TensorBoard as well")
     output: str = _setting("", "run folder; empty: a new one under runs/")
-    device: str = _setting("cpu", "where simulated clients compute; auto: cuda if there is one", choices=DEVICES)
+    device: str = _setting(
+        "cpu", "where simulated clients compute and the server evaluates; auto: cuda if there is one", choices=DEVICES
+    )
     memory_limit: int = _setting(0, "MiB for one physical batch of a client; 0: automatic", least=0)
     precision: str = _setting("float32", "of the layers' products; norms and sums are float32", choices=PRECISIONS)
 

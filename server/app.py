@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
+import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
@@ -98,7 +99,8 @@ def run(
     if configuration.pretraining.ranking == PUBLIC:
         state.importance.reveal(public_scores(model, spec))
     test = public_features(spec.features, data.test)
-    evaluate = evaluator(build(spec, seed=configuration.seed), test)
+    device = "cuda" if configuration.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
+    evaluate = evaluator(build(spec, seed=configuration.seed).to(device), test.to(device))
 
     def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
