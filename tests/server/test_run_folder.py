@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from adadpigu_core import archive
 from adadpigu_core.exceptions import ConfigurationError, DataError
 from server import run_folder
 from server.run_folder import CHECKPOINT, METRICS, RunFolder
@@ -173,6 +174,14 @@ class TestPieces:
             one.unlink()
         else:
             one.write_bytes({"cut": data[:-1], "alter": data[:-1] + b"?", "exchange": other.read_bytes()}[act])
+        with pytest.raises(DataError, match="start a new run"):
+            folder.load_checkpoint()
+
+    @pytest.mark.parametrize("name", ["../elsewhere", "result.json", 7])
+    def test_only_pieces_are_read(self, folder, name):
+        (folder.path.parent / "elsewhere").write_bytes(archive.pack({}, {}))
+        (folder.path / "result.json").write_bytes(archive.pack({}, {}))
+        (folder.path / CHECKPOINT).write_bytes(archive.pack({}, {"pieces": [name]}))
         with pytest.raises(DataError, match="start a new run"):
             folder.load_checkpoint()
 
