@@ -5,6 +5,7 @@ none of them inherits another's memory, and one that takes too long or too much 
 """
 
 import multiprocessing
+import os
 import time
 import traceback
 import warnings
@@ -32,6 +33,10 @@ class Sample(NamedTuple):
     peak_mb: float
 
 
+# The profiler by which memory is measured would report that there is no GPU, and what it did not see, in every process.
+_QUIET = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
 class LeftOutError(Exception):
     """A method cannot be measured; the text says why."""
 
@@ -49,6 +54,8 @@ class Worker:
 
     def __init__(self, task: Task, limit_s: float) -> None:
         self.task, self._limit_s = task, limit_s
+        for key, level in _QUIET.items():
+            os.environ.setdefault(key, level)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(task, theirs))
