@@ -109,8 +109,13 @@ def _normalised(images: Tensor) -> Tensor:
 
 def _responses(images: Tensor, filters: Filters) -> Tensor:
     """Averages of thresholded products, [n, 2 signs * filters * 2 * 2]."""
-    pieces = [_pooled(_products(_normalised(piece), filters)) for piece in torch.split(images, _PIECE)]
-    return torch.cat(pieces).sqrt()
+    # Room for all comes first: small results between large intermediate ones would keep an allocator from using the room
+    # of these again.
+    found = images.new_empty(len(images), len(filters.weight) * _QUARTERS**2)
+    for start in range(0, len(images), _PIECE):
+        piece = slice(start, start + _PIECE)
+        found[piece] = _pooled(_products(_normalised(images[piece]), filters))
+    return found.sqrt_()
 
 
 def _products(images: Tensor, filters: Filters) -> Tensor:
