@@ -109,8 +109,7 @@ def _normalised(images: Tensor) -> Tensor:
 
 def _responses(images: Tensor, filters: Filters) -> Tensor:
     """Averages of thresholded products, [n, 2 signs * filters * 2 * 2]."""
-    # Room for all comes first: small results between large intermediate ones would keep an allocator from using the room
-    # of these again.
+    # Room for all comes first: small results among large intermediate ones would keep the room of these from use.
     found = images.new_empty(len(images), len(filters.weight) * _QUARTERS**2)
     for start in range(0, len(images), _PIECE):
         piece = slice(start, start + _PIECE)
