@@ -109,15 +109,15 @@ class RunFolder:
         try:
             arrays, values = archive.unpack(path.read_bytes())
             if _PIECES in values:
-                arrays, values = archive.unpack(b"".join(map(self._piece, values[_PIECES])))
+                arrays, values = archive.unpack(self._joined(values[_PIECES]))
         except (DataError, FileNotFoundError) as error:
             raise DataError(f"{path}: the checkpoint is damaged; start a new run") from error
         return arrays, values
 
-    def _piece(self, name: object) -> bytes:
-        if not isinstance(name, str) or not _PIECE.fullmatch(name):
-            raise DataError(f"{name!r} is no piece of a checkpoint")
-        return (self.path / name).read_bytes()
+    def _joined(self, names: object) -> bytes:
+        if not isinstance(names, list) or not all(isinstance(name, str) and _PIECE.fullmatch(name) for name in names):
+            raise DataError(f"{names!r} are no pieces of a checkpoint")
+        return b"".join((self.path / name).read_bytes() for name in names)
 
     def _replace(self, name: str, data: bytes) -> None:
         temporary = self.path / f".{name}.new"

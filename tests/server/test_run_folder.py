@@ -177,11 +177,11 @@ class TestPieces:
         with pytest.raises(DataError, match="start a new run"):
             folder.load_checkpoint()
 
-    @pytest.mark.parametrize("name", ["../elsewhere", "result.json", 7])
-    def test_only_pieces_are_read(self, folder, name):
+    @pytest.mark.parametrize("names", [["../elsewhere"], ["result.json"], [7], 7, {"pieces": 1}])
+    def test_only_pieces_are_read(self, folder, names):
         (folder.path.parent / "elsewhere").write_bytes(archive.pack({}, {}))
         (folder.path / "result.json").write_bytes(archive.pack({}, {}))
-        (folder.path / CHECKPOINT).write_bytes(archive.pack({}, {"pieces": [name]}))
+        (folder.path / CHECKPOINT).write_bytes(archive.pack({}, {"pieces": names}))
         with pytest.raises(DataError, match="start a new run"):
             folder.load_checkpoint()
 
