@@ -33,6 +33,7 @@ Value = settings_file.Value
 OWNERS = ("server", "client")
 PUBLIC, ORACLE = "public", "oracle"
 NOT_RELEASED = ("random", PUBLIC, ORACLE)  # rankings that no release goes into
+PUBLIC_DIGITS = "public-digits"  # weights that are trained on them
 RANKINGS = ("consensus", "local", *NOT_RELEASED)
 PARTITIONS = ("iid", "dirichlet")
 OPTIMISERS = ("sgd", "adam")
@@ -67,6 +68,9 @@ class TaskSettings:
     features: str = _setting("raw", "fixed features that the network sees", choices=front_ends.FEATURES)
     evaluate_on: str = _setting(
         "test", "validation: a tenth of the training records, which then do not train", choices=datasets.EVALUATED_ON
+    )
+    weights: str = _setting(
+        "", f"public weights to start from: {PUBLIC_DIGITS}, or a run's model.npz; empty: random ones"
     )
 
 
@@ -348,6 +352,8 @@ def _contradictions(configuration: Configuration) -> Iterator[str]:
         yield f"task.dataset: {task.dataset!r} is none of {datasets.CHOICES}"
     if task.model not in ("auto", *models.NAMES) and not factories.is_factory(task.model):
         yield f"task.model: {task.model!r} is none of auto, {', '.join(models.NAMES)}, package.module:factory"
+    if task.weights == PUBLIC_DIGITS and task.dataset == "digits":
+        yield f"task.weights: {PUBLIC_DIGITS} are the clients' own records here, and would be learnt without noise"
     if federation.clients and federation.partition != "iid":
         yield "federation.partition: must be iid beside federation.clients, which says how many records each has"
     if federation.num_rounds * federation.local_steps > MOST_STEPS:

@@ -155,6 +155,7 @@ class TrainRequest:
         spent: Everything that the server has seen of this client's ledger.
         views: Random views of a record, over which its gradient is the mean.
         augmentation: How they are made.
+        fixed: What the model has beside its trainable weights, float32 [f]; None if there is nothing.
     """
 
     run: str
@@ -176,6 +177,7 @@ class TrainRequest:
     spent: tuple[Event, ...] = ()
     views: int = 1
     augmentation: str = NO_AUGMENTATION
+    fixed: Array | None = None
 
     def __post_init__(self) -> None:
         require(self.phase in PHASES, "phase", f"unknown value {_shown(self.phase)}")
@@ -186,11 +188,12 @@ class TrainRequest:
         _require_names(run=self.run, code=self.code, **{"mask-id": self.mask_id})
         _require_buildable(self.model)
         require_vector(self.weights, "weights")
-        if self.gradient_mean is not None:
-            require_vector(self.gradient_mean, "gradient-mean", len(self.weights))
-        if self.gradient_scale is not None:
-            require_vector(self.gradient_scale, "gradient-scale")
-            require(bool((self.gradient_scale > 0).all()), "gradient-scale", "must be positive everywhere")
+        mean, scale = self.gradient_mean, self.gradient_scale
+        optional = ((self.fixed, "fixed"), (mean, "gradient-mean", len(self.weights)), (scale, "gradient-scale"))
+        for array, *expected in optional:
+            if array is not None:
+                require_vector(array, *expected)
+        require(scale is None or bool((scale > 0).all()), "gradient-scale", "must be positive everywhere")
 
 
 @dataclass(frozen=True)

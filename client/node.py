@@ -46,7 +46,7 @@ from adadpigu_core.messages import (
     require,
 )
 from adadpigu_core.models import ModelSpec, build, check_isolation, check_private, fingerprint
-from adadpigu_core.parameters import ParameterLayout, assign
+from adadpigu_core.parameters import ParameterLayout, assign, assign_fixed
 from adadpigu_core.private_step import Mechanism
 from adadpigu_core.provenance import code_fingerprint
 from adadpigu_core.reconciliation import check_complete
@@ -219,6 +219,7 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
         f"the model has {layout.num_parameters} parameters, got {len(request.weights)}",
     )
     assign(model, torch.from_numpy(request.weights.copy()))
+    _assign_fixed(model, request.fixed)
     stored = ledger.memory(request.run) or archive.pack({}, {})
     memory: Memory = archive.unpack(stored)[0]
     mask = _mask(request, memory, layout)
@@ -243,6 +244,14 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     guard(statistics.standardisation(mask))
     records = site.under(spec.features)
     return _Work(model, records, mechanism, mask, statistics, target, stored, views, guard)
+
+
+def _assign_fixed(model: nn.Module, fixed: NDArray[np.float32] | None) -> None:
+    """Take what is not trained from the server, too: drawn anew here, it would be another network's."""
+    count, given = ParameterLayout.of_fixed(model).num_parameters, 0 if fixed is None else len(fixed)
+    require(given == count, "fixed", f"the model has {count} values beside its trainable parameters, got {given}")
+    if fixed is not None:
+        assign_fixed(model, torch.from_numpy(fixed.copy()))
 
 
 def _recorded(run: str, site: Site, ledger: Ledger) -> tuple[Plan, Target]:

@@ -1,5 +1,6 @@
 """The Flower ServerApp: reads the configuration, builds the parts, runs the strategy, writes the run folder."""
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 
-from adadpigu_core import datasets
+from adadpigu_core import datasets, model_file
 from adadpigu_core.augmentation import Views
 from adadpigu_core.configuration import (
     ORACLE,
@@ -25,7 +26,7 @@ from adadpigu_core.configuration import (
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.kept_features import public_features
 from adadpigu_core.models import ModelSpec, build, check_private, default_model
-from adadpigu_core.parameters import ParameterLayout, flatten
+from adadpigu_core.parameters import ParameterLayout, assign, assign_fixed, flatten, flatten_fixed
 from adadpigu_core.provenance import code_fingerprint
 from server.earlier_runs import known_charges
 from server.evaluation import evaluator
@@ -33,7 +34,8 @@ from server.exchange import Wait, sleep
 from server.outcome import outcome
 from server.public_importance import public_scores
 from server.round_report import RoundReport, ignore
-from server.run_folder import CONFIGURATION, PRIVACY, RESULT, RunFolder
+from server.run_folder import CONFIGURATION, MODEL, PRIVACY, RESULT, Checkpoint, RunFolder
+from server.starting_weights import start_from
 from server.state import ServerState
 from server.strategy import AdaDPIGU, EvaluateFn
 
@@ -92,15 +94,24 @@ def run(
     model = build(spec, seed=configuration.seed)
     check_private(model)
     state = ServerState.fresh(configuration, ParameterLayout.of(model))
-    _restore(state, configuration, folder)
+    state.fixed = flatten_fixed(model)
+    checkpoint = folder.load_checkpoint()
+    if checkpoint is None:
+        folder.write_text(CONFIGURATION, to_toml(configuration))
+        start_from(model, spec, configuration)
+        _begin(state, model, spec, configuration, oracle)
+    else:
+        _restore(state, checkpoint, folder)
+        assign(model, state.optimiser.weights)
+        assign_fixed(model, state.fixed)
+    folder.keep_metrics(state.round)
     state.tally.remember(known_charges(folder.path))
-    if oracle is not None and configuration.pretraining.ranking == ORACLE:
-        state.importance.reveal(oracle(model, configuration))
-    if configuration.pretraining.ranking == PUBLIC:
-        state.importance.reveal(public_scores(model, spec))
+    if checkpoint is None:
+        # the run has an identity from here on, by which clients know their plans, whatever happens in its first round
+        folder.save_checkpoint(*state.dump())
     test = public_features(spec.features, data.test)
     device = "cuda" if configuration.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
-    evaluate = evaluator(build(spec, seed=configuration.seed).to(device), test.to(device))
+    evaluate = evaluator(copy.deepcopy(model).to(device), test.to(device))
 
     def evaluate_fn(_: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
@@ -114,13 +125,7 @@ def run(
         folder.save_checkpoint(*state.dump())
         observer(report)
 
-    if state.round == 0:
-        # the run has an identity from here on, by which clients know their plans, whatever happens in its first round
-        state.optimiser.reset(flatten(model))
-        folder.save_checkpoint(*state.dump())
-    strategy = AdaDPIGU(
-        configuration, spec, build(spec, seed=configuration.seed), state, record, wait, public=test.features
-    )
+    strategy = AdaDPIGU(configuration, spec, copy.deepcopy(model), state, record, wait, public=test.features)
     strategy.start(
         grid,
         ArrayRecord(model.state_dict()),
@@ -141,6 +146,8 @@ def run(
         "not_private": not_private(configuration),
         **_privacy(strategy),
     }
+    assign(model, state.optimiser.weights)
+    folder.write_bytes(MODEL, model_file.pack(model))
     folder.write_json(RESULT, result)
     return result
 
@@ -160,16 +167,23 @@ def model_spec(configuration: Configuration, data: datasets.DataSet) -> ModelSpe
     )
 
 
-def _restore(state: ServerState, configuration: Configuration, folder: RunFolder) -> None:
-    checkpoint = folder.load_checkpoint()
-    if checkpoint is None:
-        folder.write_text(CONFIGURATION, to_toml(configuration))
-    else:
-        try:
-            state.restore(*checkpoint)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{folder.path}: {error}") from error
-    folder.keep_metrics(state.round)
+def _begin(
+    state: ServerState, model: nn.Module, spec: ModelSpec, configuration: Configuration, oracle: Oracle | None
+) -> None:
+    """Take a model at its first weights into the state, and what these alone say of its coordinates."""
+    state.fixed = flatten_fixed(model)
+    state.optimiser.reset(flatten(model))
+    if oracle is not None and configuration.pretraining.ranking == ORACLE:
+        state.importance.reveal(oracle(model, configuration))
+    if configuration.pretraining.ranking == PUBLIC:
+        state.importance.reveal(public_scores(model, spec))
+
+
+def _restore(state: ServerState, checkpoint: Checkpoint, folder: RunFolder) -> None:
+    try:
+        state.restore(*checkpoint)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{folder.path}: {error}") from error
 
 
 def check_oracle(configuration: Configuration, *, available: bool) -> None:

@@ -42,6 +42,7 @@ class RoundWork:
         weights: Weights to start from, float32 [d].
         standardisation: Statistics of the round, if the server keeps them.
         learning_rate: Of a client's private steps.
+        fixed: What the model has beside its trainable weights, float32 [f].
     """
 
     round: int
@@ -49,6 +50,7 @@ class RoundWork:
     weights: Tensor
     standardisation: Standardisation
     learning_rate: float
+    fixed: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Requests:
             importance_measure=measure if work.phase == PRETRAINING and measure != DRIFT else "",
             views=configuration.training.views,
             augmentation=configuration.training.augmentation,
+            fixed=work.fixed.numpy() if len(work.fixed) else None,
         )
 
     def _statistics(self, work: RoundWork) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:

@@ -5,7 +5,8 @@
     privacy.json     the tally, after every round
     checkpoint.npz   everything that is needed to go on, or of a large model the list of its pieces
     checkpoint-*     those pieces, each small enough to be carried where files have a largest size
-    result.json      the outcome, when the run is over
+    model.npz        the parameters by name, when the run is over: a later run may start from them
+    result.json      the outcome, after that
 
 A simulation adds report.html, for people, and clients.csv if its clients come from a list.
 
@@ -29,8 +30,9 @@ from adadpigu_core import archive
 from adadpigu_core.exceptions import ConfigurationError, DataError
 
 CONFIGURATION, METRICS, PRIVACY = "config.toml", "metrics.jsonl", "privacy.json"
-CHECKPOINT, RESULT = "checkpoint.npz", "result.json"
+CHECKPOINT, MODEL, RESULT = "checkpoint.npz", "model.npz", "result.json"
 LARGEST_PIECE = 12 * 2**20  # bytes: one vector of three million parameters
+Checkpoint = tuple[dict[str, NDArray[np.generic]], dict[str, Any]]
 _PIECES, _PIECE = "pieces", re.compile(r"\.?checkpoint-[0-9a-f]{64}(\.new)?")
 
 
@@ -52,6 +54,10 @@ class RunFolder:
             raise ConfigurationError(f"runtime.output: {path} cannot be made ({error.strerror})") from error
         if not os.access(self.path, os.W_OK):
             raise ConfigurationError(f"runtime.output: {path} is not writable")
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a binary file."""
+        self._replace(name, data)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file."""
@@ -97,7 +103,7 @@ class RunFolder:
             if _PIECE.fullmatch(path.name) and path.name not in names:
                 path.unlink()
 
-    def load_checkpoint(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, Any]] | None:
+    def load_checkpoint(self) -> Checkpoint | None:
         """Read the checkpoint; None if there is none.
 
         Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adadpigu_core import masking
 from adadpigu_core.accounting import PRETRAINING, TRAINING
-from adadpigu_core.configuration import NOT_RELEASED, Configuration
+from adadpigu_core.configuration import NOT_RELEASED, ORACLE, PUBLIC, Configuration
 from adadpigu_core.grouping import means
 from adadpigu_core.importance import rank
 
@@ -65,7 +65,7 @@ class Importance:
         self._seed = seed
         self._group = group
         self._signed = signed
-        self._revealed = False
+        self._revealed = ranking in (PUBLIC, ORACLE)  # before they are, too, releases are not for ranking
         self.scores: dict[str, Tensor] = {}
         self._rankings: dict[str, Tensor] = {}
         self._masks: dict[str, tuple[float, Tensor]] = {}

@@ -20,7 +20,7 @@ from server.optimiser import ServerOptimiser
 from server.schedule import Importance
 from server.tally import Tally
 
-_IMPORTANCE, _STATISTICS, _SHRINKAGE = "importance.", "statistics.", "shrinkage."
+_IMPORTANCE, _STATISTICS, _SHRINKAGE, _FIXED = "importance.", "statistics.", "shrinkage.", "fixed"
 # A run may go on with others of these: they decide on nothing that a client has planned for or released.
 _FREE_TO_CHANGE = ("runtime.", "federation.round-timeout", "federation.start-timeout", "federation.clients")
 
@@ -43,6 +43,7 @@ class ServerState:
         seconds: Time spent in rounds.
         learning_rate: Of private steps; 0 until the plan has given it, if it is to.
         settings: Those that must stay the same for the whole run.
+        fixed: What the model has beside its trainable weights, float32 [f].
     """
 
     run: str
@@ -58,6 +59,7 @@ class ServerState:
     seconds: float = 0.0
     learning_rate: float = 0.0
     settings: dict[str, Value] = field(default_factory=dict)
+    fixed: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @classmethod
     def fresh(cls, configuration: Configuration, layout: ParameterLayout) -> "ServerState":
@@ -91,6 +93,7 @@ class ServerState:
             **{_IMPORTANCE + key: scores for key, scores in self.importance.scores.items()},
             **{_STATISTICS + name: value for name, value in self.statistics.state().items()},
             **{_SHRINKAGE + name: value for name, value in self.shrinkage.state().items()},
+            _FIXED: self.fixed,
         }
         values = {
             "run": self.run,
@@ -119,6 +122,7 @@ class ServerState:
                 self.importance.scores[name.removeprefix(_IMPORTANCE)] = tensor
         self.statistics = self.statistics.restored(_of(_STATISTICS, tensors))
         self.shrinkage = self.shrinkage.restored(_of(_SHRINKAGE, tensors))
+        self.fixed = tensors.get(_FIXED, self.fixed)
         self.tally = Tally.restore(values["tally"])
         self.run, self.round = values["run"], values["round"]
         self.bytes_up, self.bytes_down = values["bytes_up"], values["bytes_down"]

@@ -24,7 +24,7 @@ from adadpigu_core.configuration import Configuration
 from adadpigu_core.exceptions import FederationError, MessageError
 from adadpigu_core.messages import Refusal, TrainReply, TrainRequest, decode, encode, kind_of
 from adadpigu_core.models import ModelSpec
-from adadpigu_core.parameters import assign, flatten
+from adadpigu_core.parameters import assign, flatten, flatten_fixed
 from server.aggregation import Contribution
 from server.cohort import Cohort
 from server.exchange import Exchange, Reply, Wait, request, sleep
@@ -118,6 +118,7 @@ class AdaDPIGU(Strategy):
         if self.state.round == 0:
             self._model.load_state_dict(initial_arrays.to_torch_state_dict())
             self.state.optimiser.reset(flatten(self._model))
+            self.state.fixed = flatten_fixed(self._model)
         self.summary()
         self._gather(grid, timeout)
         if self.state.learning_rate == 0:
@@ -168,7 +169,10 @@ class AdaDPIGU(Strategy):
         union = reduce(torch.logical_or, (each.mask for each in asked.values())) if asked else everything
         standardisation = self._standardise(union, phase)
         self._expected = Expected(server_round, {}, standardisation)
-        work = RoundWork(server_round, phase, self.state.optimiser.weights, standardisation, self.state.learning_rate)
+        state = self.state
+        work = RoundWork(
+            *(server_round, phase, state.optimiser.weights, standardisation, state.learning_rate, state.fixed)
+        )
         contents: dict[tuple[str, bool], tuple[TrainRequest, RecordDict]] = {}
         messages = []
         for member in self.cohort.present:

@@ -11,10 +11,11 @@ from cryptography.hazmat.primitives import serialization
 from adadpigu_core import datasets
 from adadpigu_core.configuration import parse, run_folder
 from adadpigu_core.models import build, check_private, fingerprint
-from adadpigu_core.settings_file import read_toml
 from server.app import model_spec
+from server.starting_weights import check_start
 from simulations import doctor_common as common
 from simulations.findings import FAULT, GOOD, NOTE, WARNING, Check, Finding, if_given
+from simulations.simulate import read_settings
 
 _LOOPBACK = "127.0.0.1"
 
@@ -53,12 +54,13 @@ def _no_tls() -> Iterator[Finding]:
 
 
 def _settings(config: Path | None) -> Iterator[Finding]:
-    configuration = parse(read_toml(config) if config else {})
+    configuration = parse(read_settings(config) if config else {})
     data = datasets.load(configuration.task.dataset)
     yield Finding(GOOD, "settings", f"{len(data.test)} public test records of shape {[*data.input_shape]}")
     spec = model_spec(configuration, data)
     model = build(spec, seed=configuration.seed)
     check_private(model)
+    check_start(spec, configuration)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield Finding(NOTE, "model", f"{spec.name}, {parameters} parameters; its fingerprint is {fingerprint(spec)}")
     folder = run_folder(configuration, 0)

@@ -38,6 +38,7 @@ from server.learning import learn
 from server.learning_rate import automatic, output_gain
 from server.public_importance import public_scores
 from server.schedule import EVERYONE, Schedule
+from server.starting_weights import start_from
 from server.state import ServerState
 from simulations.oracle import oracle_scores
 
@@ -97,6 +98,7 @@ def run(configuration: Configuration) -> dict[str, Any]:
     pool = _pool(configuration, data)
     spec = model_spec(configuration, data)
     model = build(spec, seed=configuration.seed)
+    start_from(model, spec, configuration)
     layout = ParameterLayout.of(model)
     test = public_features(spec.features, data.test)
     if configuration.optimiser.local_learning_rate == 0:

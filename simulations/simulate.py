@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from adadpigu_core import datasets
-from adadpigu_core.configuration import Configuration, Value, flatten, parse, settings, to_toml
+from adadpigu_core.configuration import PUBLIC_DIGITS, Configuration, Value, flatten, parse, settings, to_toml
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.settings_file import read_toml
 from client.partitions import Deal, deal, listed_clients
@@ -18,6 +18,7 @@ from server.app import check_oracle, model_spec
 from server.app import run as run_server
 from server.round_report import RoundReport
 from server.run_folder import CHECKPOINT, CONFIGURATION, RESULT, RunFolder
+from server.starting_weights import check_start
 from simulations import flower_engine
 from simulations.in_process import InProcessGrid
 from simulations.oracle import oracle_scores
@@ -90,7 +91,7 @@ def prepare(flat: Mapping[str, Value]) -> Simulation:
         )
     configuration = replace(configuration, runtime=replace(configuration.runtime, output=str(folder)))
     data = _data_set(configuration)
-    model_spec(configuration, data)  # to see whether it fits, before a folder is made
+    check_start(model_spec(configuration, data), configuration)  # to see whether it fits, before a folder is made
     records = _shares(configuration, data)
     if configuration.privacy.ledger_dir:
         _claim_ledgers(configuration)
@@ -104,7 +105,11 @@ def resolved(configuration: Configuration) -> Configuration:
     """The same with absolute paths, so that a run may go on from another directory, and has the same ledgers there."""
     return replace(
         configuration,
-        task=replace(configuration.task, dataset=_absolute(configuration.task.dataset)),
+        task=replace(
+            configuration.task,
+            dataset=_absolute(configuration.task.dataset),
+            weights=_absolute_weights(configuration.task.weights),
+        ),
         federation=replace(configuration.federation, clients=_absolute_path(configuration.federation.clients)),
         privacy=replace(configuration.privacy, ledger_dir=_absolute_path(configuration.privacy.ledger_dir)),
     )
@@ -245,15 +250,16 @@ def _absolute(dataset: str) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Value]:
-    """Read a settings file; a list of clients that it names is looked for beside it.
+    """Read a settings file; a list of clients and a file of weights that it names are looked for beside it.
 
     Raises:
         ConfigurationError: If the file is missing or is not TOML.
     """
     flat = read_toml(path)
-    clients = flat.get("federation.clients")
-    if isinstance(clients, str) and clients:
-        flat["federation.clients"] = str(path.parent / Path(clients).expanduser())
+    for key in ("federation.clients", "task.weights"):
+        named = flat.get(key)
+        if isinstance(named, str) and named not in ("", PUBLIC_DIGITS):
+            flat[key] = str(path.parent / Path(named).expanduser())
     return flat
 
 
@@ -268,6 +274,10 @@ def _keep_clients(configuration: Configuration, folder: RunFolder) -> Configurat
 
 def _absolute_path(path: str) -> str:
     return str(Path(path).expanduser().absolute()) if path else ""
+
+
+def _absolute_weights(weights: str) -> str:
+    return weights if weights == PUBLIC_DIGITS else _absolute_path(weights)
 
 
 def _default_output(configuration: Configuration) -> str:

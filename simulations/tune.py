@@ -32,7 +32,7 @@ from server.run_folder import RunFolder
 from simulations.display import Progressing
 from simulations.search_space import space
 from simulations.selection_cost import RandomTrials
-from simulations.simulate import prepare, simulate
+from simulations.simulate import prepare, resolved, simulate
 
 Watch = Callable[[int, int], AbstractContextManager[Progressing]]
 _STORAGE, _SEARCH, _OVER = "study.db", "search.json", "over"
@@ -274,7 +274,7 @@ def _trial(search: Search, target: float, trial: optuna.Trial, rounds: int, watc
 
 def _write_best(folder: Path, best: Point, flat: dict[str, Value]) -> None:
     settings = {**flat, **best.settings, "runtime.output": "", "task.evaluate-on": "test"}
-    RunFolder(folder).write_text(f"best-epsilon-{best.target:g}.toml", to_toml(parse(settings)))
+    RunFolder(folder).write_text(f"best-epsilon-{best.target:g}.toml", to_toml(resolved(parse(settings))))
 
 
 __all__ = ["Point", "Search", "check", "cost", "front", "run", "total_cost"]
