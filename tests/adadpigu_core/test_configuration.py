@@ -188,6 +188,9 @@ class TestProblems:
 
 class TestContradictions:
     def test_coordinates_are_never_frozen_again(self):
+        assert [line.split(":")[0] for line in problems({"task.weights": "public-digits"})] == ["task.weights"]
+        assert problems({"task.weights": "public-digits", "task.dataset": "mnist"}) == []
+        assert problems({"task.weights": "start.npz"}) == []
         flat = {"retention.initial-ratio": 0.6, "retention.final-ratio": 0.5}
         assert [line.split(":")[0] for line in problems(flat)] == ["retention.final-ratio"]
         assert problems({**flat, "retention.schedule": "constant"}) == []

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from adadpigu_core.parameters import ParameterLayout, assign, flatten
+from adadpigu_core.parameters import ParameterLayout, assign, assign_fixed, flatten, flatten_fixed
 
 
 @pytest.fixture
@@ -118,3 +118,28 @@ def test_a_scalar_parameter_has_one_coordinate():
     assert flatten(model).tolist() == [2.0]
     assign(model, torch.tensor([3.0]))
     assert model.value.item() == 3
+
+
+def test_what_is_not_trained_is_frozen_parameters_and_buffers_that_are_saved(model):
+    assert flatten_fixed(model).shape == (0,)
+    assign_fixed(model, torch.zeros(0))
+    model[0].bias.requires_grad_(False)
+    model.register_buffer("offset", torch.ones(3))
+    model.register_buffer("count", torch.tensor(4))
+    model.register_buffer("mask", torch.ones(2, dtype=torch.bool))
+    model.register_buffer("cache", torch.ones(5), persistent=False)
+    assert ParameterLayout.of_fixed(model).names == ("0.bias", "offset")
+    trained = flatten(model)
+    assign_fixed(model, torch.arange(5.0))
+    assert model[0].bias.tolist() == [0, 1]
+    assert model.offset.tolist() == [2, 3, 4]
+    assert torch.equal(flatten_fixed(model), torch.arange(5.0))
+    assert torch.equal(flatten(model), trained)
+    with pytest.raises(RuntimeError):
+        assign_fixed(model, torch.zeros(4))
+
+
+def test_a_parameter_that_is_shared_with_a_trained_one_is_trained(model):
+    model.append(nn.Linear(3, 2))
+    model[3].weight = model[0].weight
+    assert ParameterLayout.of_fixed(model).names == ()
