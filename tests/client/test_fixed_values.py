@@ -28,7 +28,7 @@ def ask(node, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     spec = ModelSpec("partly_frozen:net", "relu", "none", (4,), 3)
     model = build(spec, seed=5)
-    node.allowed["models"] = ["linear", fingerprint(spec)]
+    node.allowed["models"] = [fingerprint(spec)]
     assert isinstance(node.describe(model=spec, layout=ParameterLayout.of(model).fingerprint), Description)
     yield lambda **changes: node.train(model=spec, weights=flatten(model).numpy(), **changes)
     sys.modules.pop("partly_frozen", None)
