@@ -6,7 +6,9 @@ function to the server in the same process. There is no message by which a serve
 server that Flower starts refuses the setting.
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adadpigu_core import datasets
@@ -17,6 +19,7 @@ from adadpigu_core.gradients import clipped_sum, cross_entropy
 from adadpigu_core.importance import DRIFT, importance_of
 from adadpigu_core.kept_features import public_features
 from adadpigu_core.parameters import assign, flatten
+from client.partitions import Deal, deal
 
 _STEPS = 15
 
@@ -48,7 +51,7 @@ def oracle_scores(model: nn.Module, configuration: Configuration) -> Tensor:
     """
     require_rate(configuration)
     data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
-    records = public_features(configuration.task.features, data.train)
+    records = public_features(configuration.task.features, data.train).select(_held(configuration, data))
     optimiser, measure = configuration.optimiser, configuration.pretraining.measure
     rate = optimiser.local_learning_rate * optimiser.server_learning_rate
     start = flatten(model)
@@ -64,3 +67,10 @@ def oracle_scores(model: nn.Module, configuration: Configuration) -> Tensor:
         weights = weights - rate * velocity
     assign(model, start)
     return scores.square() if measure == DRIFT else scores
+
+
+def _held(configuration: Configuration, data: datasets.DataSet) -> NDArray[np.int64]:
+    """Which records the clients have; where they come from a list, that may be few of all."""
+    federation = configuration.federation
+    how = Deal(federation.partition, federation.dirichlet_alpha, federation.partition_seed, federation.clients)
+    return np.sort(np.concatenate(deal(data.train.labels.numpy(), federation.num_clients, how)))
