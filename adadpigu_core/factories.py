@@ -5,6 +5,10 @@ A factory is called as ``factory(input_shape=(1, 28, 28), num_classes=10)`` and 
 machine. Importing runs code, so whether a name may be imported is to be decided first, by ``source_fingerprint``, which
 reads files and imports nothing.
 
+A factory may freeze parameters, by ``requires_grad_(False)``. They are public and stay as they are: no gradient, no
+noise, no coordinate of a mask. What they are is for the server to say, which sends them with every round, since a
+client that draws its own would train another network; so it is with float32 buffers that are saved with the model.
+
 A fingerprint covers every Python file of the top-level package, or the one file of a top-level module. Left out: what
 that code imports from elsewhere, and compiled code.
 """

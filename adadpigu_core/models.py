@@ -6,7 +6,8 @@ the guarantee is gone. ``check_private`` knows such layers by name, ``check_isol
 
 A network is a function of ``ModelSpec`` and a seed, so that server and clients build the same one without sending
 code. Convolutional networks fit one image size; ``mlp`` and ``linear`` take any shape; ``package.module:factory`` is
-the user's own, see ``factories``. Left out: pretrained weights, and mixing that is weaker than float32 rounding.
+the user's own, see ``factories``. Left out: weights that are there already, for which see ``model_file``, and mixing
+that is weaker than float32 rounding.
 """
 
 import copy
