@@ -117,6 +117,8 @@ def introduce(console: Console, configuration: Configuration, records: list[int]
         f"over {federation.num_rounds} rounds.",
     )
     say(console, "A simulation: its noise follows from the seed, and protects nobody from those who know the seed.")
+    if weights := configuration.task.weights:
+        say(console, f"It starts from {weights}, which must be public: what these weights tell is in no epsilon here.")
     if warning := not_private(configuration):
         say(console, warning)
     if done:

@@ -6,7 +6,16 @@ import pytest
 from adadpigu_core.configuration import flatten, parse
 from adadpigu_core.settings_file import read_toml
 
-NAMES = {"config.toml", "metrics.jsonl", "privacy.json", "checkpoint.npz", "model.npz", "result.json", "report.html", "ledgers"}
+NAMES = {
+    "config.toml",
+    "metrics.jsonl",
+    "privacy.json",
+    "checkpoint.npz",
+    "model.npz",
+    "result.json",
+    "report.html",
+    "ledgers",
+}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 
 import client.node
 import server.app
+from adadpigu_core import model_file
 from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.models import ModelSpec, build
@@ -111,6 +112,27 @@ def test_a_run_starts_from_the_model_of_an_earlier_one(run, settings, trained_on
     assert (second["accuracy"], second["loss"]) == (first["accuracy"], pytest.approx(first["loss"]))
     assert torch.equal(trained_on[0][0], torch.from_numpy(RunFolder(model.parent).load_checkpoint()[0]["weights"]))
     assert model.read_bytes() == (tmp_path / "run" / MODEL).read_bytes()
+
+
+def test_a_layer_that_is_not_retained_gets_no_noise_and_sends_nothing(run, settings, tmp_path):
+    """Where nothing is released for a ranking, layers outside the mask stay as they are, to the bit."""
+    changes = {
+        "pretraining.round-share": 0.0,
+        "pretraining.ranking": "random",
+        "retention.granularity": "layer",
+        "retention.schedule": "constant",
+        "retention.initial-ratio": 0.1,
+        "adaptive-clipping.rule": "none",
+        "task.model": "mlp",
+    }
+    path = tmp_path / "start.npz"
+    spec = ModelSpec("mlp", "relu", "none", (3,), 2)
+    path.write_bytes(model_file.pack(build(spec, seed=1)))
+    result = run({**settings, **changes, "task.weights": str(path)})
+    before, after = np.load(path), np.load(tmp_path / "run" / MODEL)
+    moved = {name for name in before.files if not np.array_equal(before[name], after[name])}
+    assert moved == {"output.bias"}
+    assert result["bytes_up"] < result["bytes_down"] / 5
 
 
 def test_what_a_file_lacks_starts_at_random_and_is_logged(settings, tmp_path, caplog):

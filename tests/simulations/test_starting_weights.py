@@ -1,8 +1,11 @@
 """Simulations that start from public weights: paths, checks before a folder is made, and equal clients as one."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from adadpigu_core import datasets
 from adadpigu_core.configuration import parse
@@ -14,6 +17,7 @@ from server.app import model_spec
 from server.evaluation import evaluator
 from server.run_folder import CONFIGURATION, MODEL
 from simulations import doctor_server, pooled
+from simulations.display import introduce
 from simulations.oracle import oracle_scores
 from simulations.simulate import prepare, read_settings, resolved, simulate
 
@@ -87,6 +91,13 @@ def test_a_path_in_a_file_of_settings_is_beside_it_and_on_the_command_line_here(
     np.savez(tmp_path / "start.npz", **{"output.bias": np.zeros(10, np.float32)})
     prepare({**settings, "task.weights": "start.npz"})
     assert parse(read_toml(tmp_path / "run" / CONFIGURATION)).task.weights == str(tmp_path / "start.npz")
+
+
+@pytest.mark.parametrize("weights", ["", "public-digits"])
+def test_whoever_starts_a_run_is_told_what_no_epsilon_covers(settings, weights):
+    output = io.StringIO()
+    introduce(Console(file=output), parse({**settings, "task.weights": weights}), [100], done=0)
+    assert ("starts from public-digits, which must be public" in output.getvalue()) == bool(weights)
 
 
 def test_the_doctor_looks_at_them(settings, tmp_path):
