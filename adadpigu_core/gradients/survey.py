@@ -6,6 +6,7 @@ records as a sentence has words would be clipped wrongly. Then the outputs of th
 a gradient that arrives in another record's place belongs to a model that mixes or moves records.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients.clipping import Augmentation
-from adadpigu_core.gradients.generic import Copies, owner
+from adadpigu_core.gradients.generic import Copies, RowArguments, owner, row_arguments
 from adadpigu_core.gradients.recorder import Recorder, Tracked, UnsupportedUseError, differentiate
 from adadpigu_core.gradients.uses import Use
 from adadpigu_core.models import check_private
@@ -33,11 +34,11 @@ class Survey:
     """What was found.
 
     Args:
-        without_rule: Paths of modules that are called with copies of their parameters.
+        without_rule: Modules that are called with copies of their parameters.
         bytes_per_record: Estimate of what one record takes in a physical batch.
     """
 
-    without_rule: frozenset[str]
+    without_rule: RowArguments
     bytes_per_record: int
 
 
@@ -69,19 +70,20 @@ def survey(model: nn.Module, records: Records, augmentation: Augmentation | None
 def _look(
     model: nn.Module, layout: ParameterLayout, shape: tuple[int, ...], augmentation: Augmentation | None
 ) -> Survey:
-    without_rule: frozenset[str] = frozenset()
-    activations = 0
-    for count in (2, 3):
-        features = torch.rand(count, *shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-        while True:
-            try:
-                activations = _try(model, layout, features, augmentation, without_rule)
-                break
-            except UnsupportedUseError as error:
-                without_rule = _with(model, without_rule, error)
+    made_up = [
+        torch.rand(count, *shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0)) for count in (2, 3)
+    ]
+    modules: frozenset[str] = frozenset()
+    while True:
+        without_rule = _rows_of(model, modules, made_up, augmentation)
+        try:
+            activations = [_try(model, layout, features, augmentation, without_rule) for features in made_up][-1]
+            break
+        except UnsupportedUseError as error:
+            modules = _with(model, modules, error)
     copied = sum(
         parameter.numel()
-        for path in without_rule
+        for path in modules
         for parameter in model.get_submodule(path).parameters()
         if parameter.requires_grad
     )
@@ -89,12 +91,27 @@ def _look(
     return Survey(without_rule, max(1, _BYTES * floats))
 
 
+def _views(features: Tensor, augmentation: Augmentation | None, device: torch.device) -> Tensor:
+    features = features.to(device)
+    return features.unsqueeze(1) if augmentation is None else augmentation(features)
+
+
+def _rows_of(
+    model: nn.Module, modules: frozenset[str], made_up: Sequence[Tensor], augmentation: Augmentation | None
+) -> RowArguments:
+    """Find what modules are called with that has one row a record and view."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        batches = [_views(features, augmentation, device).flatten(0, 1) for features in made_up]
+        return row_arguments(model, modules, batches)
+
+
 def _try(
     model: nn.Module,
     layout: ParameterLayout,
     features: Tensor,
     augmentation: Augmentation | None,
-    without_rule: frozenset[str],
+    without_rule: RowArguments,
 ) -> int:
     """Run a model on made-up records; give the number of floats that its layers hold."""
     named = dict(model.named_parameters())
@@ -106,7 +123,7 @@ def _try(
     devices = [device] if device.type == "cuda" else []
     kept = [(parameter, parameter.grad) for parameter, _ in parameters.values()]
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        views = features.to(device).unsqueeze(1) if augmentation is None else augmentation(features.to(device))
+        views = _views(features, augmentation, device)
         recorder = Recorder(parameters, len(features), views.shape[1], _require_isolation)
         copies = Copies(model, without_rule, recorder)
         with copies.in_place(), recorder:
