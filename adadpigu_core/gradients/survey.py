@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from adadpigu_core.datasets import Records
@@ -27,6 +28,7 @@ from adadpigu_core.parameters import ParameterLayout
 
 _BYTES = 4
 _COPIES_OF_ACTIVATIONS = 2  # inputs and outputs of layers, and as much again for gradients
+_COPIES_OF_LARGEST = 3  # beside what a graph holds, while it is differentiated
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _look(
     while True:
         without_rule = _rows_of(model, modules, made_up, augmentation)
         try:
-            activations = [_try(model, layout, features, augmentation, without_rule) for features in made_up][-1]
+            held = [_try(model, layout, features, augmentation, without_rule) for features in made_up][-1]
             break
         except UnsupportedUseError as error:
             modules = _with(model, modules, error)
@@ -87,8 +89,9 @@ def _look(
         for parameter in model.get_submodule(path).parameters()
         if parameter.requires_grad
     )
-    floats = _COPIES_OF_ACTIVATIONS * activations // 3 + 3 * copied
-    return Survey(without_rule, max(1, _BYTES * floats))
+    of_layers = _BYTES * _COPIES_OF_ACTIVATIONS * held.activations
+    of_graph = held.saved + _COPIES_OF_LARGEST * held.largest
+    return Survey(without_rule, max(1, max(of_layers, of_graph) // len(made_up[-1]) + 3 * _BYTES * copied))
 
 
 def _views(features: Tensor, augmentation: Augmentation | None, device: torch.device) -> Tensor:
@@ -106,14 +109,48 @@ def _rows_of(
         return row_arguments(model, modules, batches)
 
 
+class _Held:
+    """What a forward pass leaves behind for the backward pass.
+
+    Args:
+        model: Its parameters and buffers do not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.activations = 0
+        """Floats in the inputs and outputs of layers with parameters."""
+        self._lasting = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def saved(self) -> int:
+        """Bytes that the graph holds."""
+        return sum(self._sizes.values())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor among these."""
+        return max(self._sizes.values(), default=0)
+
+    def count(self, tensor: Tensor) -> Tensor:
+        """Count what is saved, each storage once."""
+        if _storage(tensor) not in self._lasting:
+            self._sizes[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def _try(
     model: nn.Module,
     layout: ParameterLayout,
     features: Tensor,
     augmentation: Augmentation | None,
     without_rule: RowArguments,
-) -> int:
-    """Run a model on made-up records; give the number of floats that its layers hold."""
+) -> _Held:
+    """Run a model on made-up records; give what it holds of them."""
     named = dict(model.named_parameters())
     parameters, start = {}, 0
     for name, size in zip(layout.names, layout.sizes, strict=True):
@@ -126,8 +163,10 @@ def _try(
         views = _views(features, augmentation, device)
         recorder = Recorder(parameters, len(features), views.shape[1], _require_isolation)
         copies = Copies(model, without_rule, recorder)
-        with copies.in_place(), recorder:
+        held = _Held(model)
+        with copies.in_place(), recorder, saved_tensors_hooks(held.count, lambda tensor: tensor):
             outputs = model(views.flatten(0, 1))
+        held.activations = recorder.activations
         try:
             _differentiate_first(model, outputs, views.shape[1])
             copies.collect()
@@ -136,7 +175,7 @@ def _try(
         finally:
             for parameter, gradient in kept:
                 parameter.grad = gradient
-    return recorder.activations
+    return held
 
 
 def _differentiate_first(model: nn.Module, outputs: Any, views: int) -> None:
