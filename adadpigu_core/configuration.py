@@ -31,9 +31,9 @@ from adadpigu_core.weights import AGGREGATIONS
 
 Value = settings_file.Value
 OWNERS = ("server", "client")
-PUBLIC, ORACLE = "public", "oracle"
+CONSENSUS, PUBLIC, ORACLE = "consensus", "public", "oracle"
 NOT_RELEASED = ("random", PUBLIC, ORACLE)  # rankings that no release goes into
-RANKINGS = ("consensus", "local", *NOT_RELEASED)
+RANKINGS = (CONSENSUS, "local", *NOT_RELEASED)
 PARTITIONS = ("iid", "dirichlet")
 OPTIMISERS = ("sgd", "adam")
 DEVICES = ("cpu", "cuda", "auto")
@@ -111,7 +111,7 @@ class PretrainingSettings:
     round_share: float = _setting(0.1, "share of the rounds spent on pretraining; 0 leaves it out", least=0, below=1)
     measure: str = _setting(DRIFT, "score of a coordinate", choices=(*MEASURES, DRIFT))
     ranking: str = _setting(
-        "consensus",
+        CONSENSUS,
         "whose importance ranks; public: made-up images; controls: random, and oracle (simulation only, not private)",
         choices=RANKINGS,
     )
@@ -126,6 +126,7 @@ class RetentionSettings:
     final_ratio: float = _setting(1.0, "share retained in the end (constant: without effect)", above=0, most=1)
     period: float = _setting(0.2, "part of training over which the share grows", above=0, most=1)
     granularity: str = _setting("coordinate", "what is ranked and retained as a whole", choices=RETAINED_AS)
+    rerank_every: int = _setting(0, "training rounds between rankings by all releases so far; 0: ranked once", least=0)
 
 
 @dataclass(frozen=True)
@@ -359,13 +360,18 @@ def _contradictions(configuration: Configuration) -> Iterator[str]:
         yield "training.augmentation: views are made of raw images; set task.features = raw, or augmentation = none"
     retention = configuration.retention
     if retention.schedule != "constant" and retention.final_ratio < retention.initial_ratio:
-        yield "retention.final-ratio: must not be below retention.initial-ratio; coordinates are never frozen again"
+        yield "retention.final-ratio: must not be below retention.initial-ratio; the retained share never shrinks"
     pretraining = configuration.pretraining
-    ranked = pretraining.ranking in NOT_RELEASED
+    if retention.rerank_every and pretraining.ranking != CONSENSUS:
+        yield (
+            f"retention.rerank-every: needs pretraining.ranking = consensus, not {pretraining.ranking}; "
+            "set that, or rerank-every = 0"
+        )
+    ranked = pretraining.ranking in NOT_RELEASED or 0 < retention.rerank_every < federation.num_rounds
     if pretraining.round_share == 0 and retention.initial_ratio < 1 and not ranked:
         yield (
             "pretraining.round-share: without pretraining there is no ranking to choose coordinates by; "
-            "set retention.initial-ratio = 1.0, or a share above 0"
+            "set retention.initial-ratio = 1.0, a share above 0, or retention.rerank-every below federation.num-rounds"
         )
 
 

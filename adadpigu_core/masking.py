@@ -1,8 +1,9 @@
 """Masks that grow: progressive unfreezing.
 
-A ranking and a retention ratio r(t) give the mask of a round: the first round(r d) coordinates of the ranking. Since
-the ratio never decreases, masks are nested, and a coordinate that has been released stays released. What is ranked may
-be groups of coordinates, which are retained as a whole.
+A ranking and a retention ratio r(t) give the mask of a round: the first round(r d) coordinates of the ranking. The
+ratio never decreases, so that the masks of one ranking are nested; where coordinates are ranked anew during training,
+one that was retained may be left out later, and come back. What is ranked may be groups of coordinates, which are
+retained as a whole.
 """
 
 import hashlib

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adadpigu_core.adaptive_clipping import RunningStatistics
 from adadpigu_core.configuration import Configuration, Value, flatten
+from adadpigu_core.drift import Drift
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.grouping import groups
 from adadpigu_core.importance import DRIFT
@@ -20,7 +21,7 @@ from server.optimiser import ServerOptimiser
 from server.schedule import Importance
 from server.tally import Tally
 
-_IMPORTANCE, _STATISTICS, _SHRINKAGE = "importance.", "statistics.", "shrinkage."
+_IMPORTANCE, _STATISTICS, _SHRINKAGE, _DRIFT = "importance.", "statistics.", "shrinkage.", "drift."
 # A run may go on with others of these: they decide on nothing that a client has planned for or released.
 _FREE_TO_CHANGE = ("runtime.", "federation.round-timeout", "federation.start-timeout", "federation.clients")
 
@@ -34,9 +35,10 @@ class ServerState:
         layout: Order of the parameters.
         round: Last completed round.
         optimiser: Weights and moments.
-        importance: What pretraining has found.
+        importance: What coordinates are ranked by.
         statistics: Of aggregated releases.
         shrinkage: What is known of signal and noise in them.
+        drift: What is known of the signal from both phases, if coordinates are to be ranked anew by it; else empty.
         tally: What every client has spent.
         bytes_up: Payload received.
         bytes_down: Payload sent.
@@ -52,6 +54,7 @@ class ServerState:
     importance: Importance
     statistics: RunningStatistics
     shrinkage: Shrinkage
+    drift: Drift
     tally: Tally
     bytes_up: int = 0
     bytes_down: int = 0
@@ -77,6 +80,7 @@ class ServerState:
             ),
             statistics=RunningStatistics.neutral(configuration.adaptive_clipping.clipping, layout),
             shrinkage=Shrinkage.neutral(configuration.shrinkage.rule, configuration.shrinkage.granularity, layout),
+            drift=Drift.neutral(d if configuration.retention.rerank_every else 0),
             tally=Tally(),
             learning_rate=configuration.optimiser.local_learning_rate,
             settings={
@@ -91,6 +95,7 @@ class ServerState:
             **{_IMPORTANCE + key: scores for key, scores in self.importance.scores.items()},
             **{_STATISTICS + name: value for name, value in self.statistics.state().items()},
             **{_SHRINKAGE + name: value for name, value in self.shrinkage.state().items()},
+            **{_DRIFT + name: value for name, value in self.drift.state().items() if len(value)},
         }
         values = {
             "run": self.run,
@@ -102,6 +107,7 @@ class ServerState:
             "bytes_down": self.bytes_down,
             "seconds": self.seconds,
             "learning_rate": self.learning_rate,
+            "importance_settled": self.importance.settled,
         }
         return {name: tensor.numpy() for name, tensor in tensors.items()}, values
 
@@ -117,8 +123,11 @@ class ServerState:
         for name, tensor in tensors.items():
             if name.startswith(_IMPORTANCE):
                 self.importance.scores[name.removeprefix(_IMPORTANCE)] = tensor
+        self.importance.settled = values["importance_settled"]
         self.statistics = self.statistics.restored(_of(_STATISTICS, tensors))
         self.shrinkage = self.shrinkage.restored(_of(_SHRINKAGE, tensors))
+        if len(self.drift.rounds):
+            self.drift = self.drift.restored(_of(_DRIFT, tensors))
         self.tally = Tally.restore(values["tally"])
         self.run, self.round = values["run"], values["round"]
         self.bytes_up, self.bytes_down = values["bytes_up"], values["bytes_down"]

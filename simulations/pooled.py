@@ -34,7 +34,7 @@ from client.partitions import Deal, deal
 from server.aggregation import Contribution
 from server.app import model_spec
 from server.evaluation import evaluator
-from server.learning import learn
+from server.learning import learn, rerank
 from server.learning_rate import automatic, output_gain
 from server.public_importance import public_scores
 from server.schedule import EVERYONE, Schedule
@@ -124,6 +124,7 @@ def _round(pool: _Pool, state: ServerState, model: Any, number: int) -> int:
     configuration = pool.configuration
     schedule, d = Schedule(configuration), state.layout.num_parameters
     phase = schedule.phase(number)
+    rerank(state, schedule, number)
     mask = state.importance.mask(EVERYONE, schedule.ratio(number))
     statistics = configuration.adaptive_clipping.rule != "none"
     given = Standardisation.identity(d)
