@@ -63,6 +63,8 @@ def configurations(draw):
         flat["pretraining.ranking"] = "random"
         if flat.get("method") == "paper":  # it ranks by what pretraining finds, and needs some
             del flat["method"]
+    if flat.get("pretraining.ranking", "consensus") != "consensus":
+        flat["retention.rerank-every"] = 0
     if flat.get("training.augmentation", "none") == "none":
         flat["training.views"] = 1
     else:
@@ -197,6 +199,20 @@ class TestContradictions:
         assert [line.split(":")[0] for line in problems(flat)] == ["pretraining.round-share"]
         assert problems({**flat, "pretraining.ranking": "random"}) == []
         assert problems({**flat, "retention.initial-ratio": 1.0}) == []
+        anew = {**flat, "retention.rerank-every": 10, "federation.num-rounds": 11}
+        assert problems(anew) == []
+        (never,) = problems({**anew, "federation.num-rounds": 10})
+        assert "retention.rerank-every below federation.num-rounds" in never
+
+    @pytest.mark.parametrize("ranking", ["local", "random", "public", "oracle"])
+    def test_only_a_consensus_is_ranked_anew(self, ranking):
+        flat = {"pretraining.ranking": ranking, "retention.rerank-every": 5}
+        (found,) = problems(flat)
+        assert found.startswith(f"retention.rerank-every: needs pretraining.ranking = consensus, not {ranking}; ")
+        assert found.endswith("rerank-every = 0")
+        assert problems({**flat, "pretraining.ranking": "consensus"}) == []
+        assert problems({**flat, "retention.rerank-every": 0}) == []
+        assert problems({**flat, "method": "paper"}) == []
 
     def test_a_plan_has_an_end(self):
         flat = {"federation.num-rounds": MOST_STEPS, "federation.local-steps": 2}
