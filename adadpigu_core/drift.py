@@ -2,7 +2,9 @@
 
 The squared sum minus the variance of the noise in it, over the squared number of rounds. It has far less noise than a
 mean of squared releases, 1 / t of one release's and not 1 / sqrt(t), and is blind to what changes direction. Soft masks
-shrink by it and hard masks are ranked by it. A function of releases alone: it costs no privacy.
+shrink by it. Hard masks are ranked by it plus one standard deviation of its noise, an upper confidence bound: a
+coordinate that is left out keeps its estimate, and one that chance put below zero would never be tried again. A
+function of releases alone: it costs no privacy.
 """
 
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adadpigu_core.exceptions import MessageError
+from adadpigu_core.grouping import means
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,17 @@ class Drift:
     def release_noise(self) -> Tensor:
         """Mean variance of the noise in a release, float64 [d]."""
         return self.noise / self._rounds
+
+    def upper_bound(self, group: Tensor | None = None) -> Tensor:
+        """Energy plus one standard deviation of its noise, float64 [d]: what to rank by if some are known better.
+
+        Args:
+            group: Index of the group of each coordinate, int64 [d], who share a mean; None = each by itself.
+        """
+        energy, doubt = self.energy, self.doubt
+        if group is not None:
+            energy, doubt = means(energy, group)[group], (means(doubt, group) / torch.bincount(group))[group]
+        return energy + doubt.sqrt()
 
     @property
     def _rounds(self) -> Tensor:

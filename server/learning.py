@@ -64,7 +64,8 @@ def learn(
 def rerank(state: ServerState, schedule: Schedule, round_number: int) -> None:
     """Rank the coordinates anew before a round, if it is time and anything was released by then.
 
-    A coordinate that was left out keeps what was known of it, and its weight.
+    A coordinate that was left out keeps what was known of it, and its weight. Of two that look alike, the one that was
+    released in fewer rounds comes first, so that none is left out for ever by the noise of a few rounds.
     """
     if schedule.reranks(round_number) and bool(state.drift.known.any()):
-        state.importance.rerank(state.drift.energy)
+        state.importance.rerank(state.drift.upper_bound(state.importance.group))

@@ -83,7 +83,7 @@ class Importance:
         self._kind = ranking
         self._d = num_parameters
         self._seed = seed
-        self._group = group
+        self.group = group
         self._signed = signed
         self.settled = False
         self.scores: dict[str, Tensor] = {}
@@ -121,18 +121,18 @@ class Importance:
             self._rankings[key] = self._rank(key)
         known = self._masks.get(key)
         if known is None or known[0] != ratio:
-            self._masks[key] = (ratio, masking.mask_of(self._rankings[key], ratio, self._group))
+            self._masks[key] = (ratio, masking.mask_of(self._rankings[key], ratio, self.group))
         return self._masks[key][1]
 
     def _rank(self, key: str) -> Tensor:
         if self._kind != "random" and not self.scores:
             log.warning("no client has released any importance: coordinates are ranked at random")
         if self._kind == "random" or not self.scores:
-            count = self._d if self._group is None else int(self._group.max()) + 1
+            count = self._d if self.group is None else int(self.group.max()) + 1
             return torch.randperm(count, generator=torch.Generator().manual_seed(self._seed))
         # a newcomer without a ranking of its own takes everyone's
         scores = self.scores.get(key)
         if scores is None:
             scores = sum(self.scores.values(), torch.zeros(self._d, dtype=torch.float64))
         scores = scores.square() if self._signed and not self.settled else scores
-        return rank(scores if self._group is None else means(scores, self._group))
+        return rank(scores if self.group is None else means(scores, self.group))

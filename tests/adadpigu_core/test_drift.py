@@ -70,6 +70,29 @@ def test_energy_is_the_squared_signal_and_doubt_its_variance(assumed, unbiased):
     assert (abs(float(known.energy.var()) / expected - 1) < 0.1) == unbiased
 
 
+def test_what_is_known_less_well_comes_first():
+    """Two coordinates that released nothing but zeros: the one with fewer rounds is still worth a try."""
+    rounds = [([0.0, 0.0], [0.5, 0.5], [True, number < 2]) for number in range(6)]
+    known = learnt(rounds, 2)
+    assert known.energy[0] > known.energy[1]
+    assert known.upper_bound()[0] < known.upper_bound()[1]
+    assert known.upper_bound()[1] == pytest.approx((2**0.5 - 1) * 2 * 0.25 / 2**2)
+
+
+@given(histories(), st.integers(0, 99))
+def test_groups_are_bounded_by_their_mean(history, seed):
+    d, rounds = history
+    known, generator = learnt(rounds, d), np.random.default_rng(seed)
+    group = np.unique(generator.integers(0, 3, size=d), return_inverse=True)[1]
+    found = known.upper_bound(torch.from_numpy(group)).tolist()
+    for j in range(d):
+        own = np.flatnonzero(group == group[j])
+        energy = np.mean([by_hand(rounds, i) for i in own])
+        variance = np.mean([float(known.doubt[i]) for i in own]) / len(own)
+        assert found[j] == pytest.approx(energy + variance**0.5, rel=1e-6, abs=1e-6)
+    assert torch.allclose(known.upper_bound(), known.upper_bound(torch.arange(d)))
+
+
 def test_goes_on_where_it_stopped():
     generator = np.random.default_rng(0)
     rounds = [(generator.normal(size=3).tolist(), [0.5] * 3, [True, False, True]) for _ in range(4)]
