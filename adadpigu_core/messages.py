@@ -24,6 +24,7 @@ from adadpigu_core.accounting import PHASES, Event
 from adadpigu_core.adaptive_clipping import AdaptiveClipping
 from adadpigu_core.augmentation import NONE as NO_AUGMENTATION
 from adadpigu_core.exceptions import AdaDPIGUError, MessageError
+from adadpigu_core.masking import RETAINED_AS
 from adadpigu_core.models import ModelSpec
 from adadpigu_core.noise_schedule import CONSTANT, NoiseSchedule
 
@@ -142,7 +143,7 @@ class TrainRequest:
         phase: ``pretraining`` or ``training``.
         model: What is trained.
         weights: Weights to start from, float32 [d].
-        mask: Packed mask, uint8 [d / 8]; None if the client has it already.
+        mask: Packed mask, a bit a group, uint8 [groups / 8]; None if the client has it already.
         mask_id: Fingerprint of the mask; empty = everything is retained.
         gradient_mean: float32 [d]; None = 0.
         gradient_scale: float32 [groups of the clipping's granularity]; None = 1, or the client's own statistics.
@@ -155,6 +156,7 @@ class TrainRequest:
         spent: Everything that the server has seen of this client's ledger.
         views: Random views of a record, over which its gradient is the mean.
         augmentation: How they are made.
+        mask_granularity: What is a group of the mask, one of ``masking.RETAINED_AS``.
     """
 
     run: str
@@ -176,9 +178,12 @@ class TrainRequest:
     spent: tuple[Event, ...] = ()
     views: int = 1
     augmentation: str = NO_AUGMENTATION
+    mask_granularity: str = RETAINED_AS[0]
 
     def __post_init__(self) -> None:
         require(self.phase in PHASES, "phase", f"unknown value {_shown(self.phase)}")
+        granularity = self.mask_granularity
+        require(granularity in RETAINED_AS, "mask-granularity", f"unknown value {_shown(granularity)}")
         require(self.round >= 1, "round", f"must be at least 1, got {self.round}")
         require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")
         require(self.clipping_norm > 0, "clipping-norm", f"must be positive, got {self.clipping_norm}")

@@ -13,7 +13,7 @@ from adadpigu_core.adaptive_clipping import RunningStatistics
 from adadpigu_core.configuration import Configuration, Value, flatten
 from adadpigu_core.drift import Drift
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.grouping import groups
+from adadpigu_core.grouping import shared
 from adadpigu_core.importance import DRIFT
 from adadpigu_core.parameters import ParameterLayout
 from adadpigu_core.shrinkage import Shrinkage
@@ -75,7 +75,7 @@ class ServerState:
                 configuration.pretraining.ranking,
                 d,
                 configuration.seed,
-                _group(configuration, layout),
+                shared(layout, configuration.retention.granularity),
                 signed=configuration.pretraining.measure == DRIFT,
             ),
             statistics=RunningStatistics.neutral(configuration.adaptive_clipping.clipping, layout),
@@ -146,8 +146,3 @@ class ServerState:
 
 def _of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _group(configuration: Configuration, layout: ParameterLayout) -> Tensor | None:
-    granularity = configuration.retention.granularity
-    return None if granularity == "coordinate" else groups(layout, granularity)
