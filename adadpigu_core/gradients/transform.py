@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import cast
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,12 +43,12 @@ class Part:
         """Find them for a mask, bool [rows, columns, ...]; None where they are nearly everything."""
         if mask.dim() < 2:
             return None
-        flat = mask.flatten(2).any(2) if mask.dim() > 2 else mask
-        rows, columns = (flat.any(dimension).nonzero().flatten() for dimension in (1, 0))
-        if len(rows) * len(columns) > (1 - _WORTH_LEAVING_OUT) * flat.numel():
+        flat = mask.flatten(2).numpy().any(2) if mask.dim() > 2 else mask.numpy()  # far faster than torch at this
+        rows, columns = (torch.from_numpy(np.flatnonzero(flat.any(axis))) for axis in (1, 0))
+        if len(rows) * len(columns) > (1 - _WORTH_LEAVING_OUT) * flat.size:
             return None
         return cls(
-            None if len(rows) == len(flat) else rows.to(device),
+            None if len(rows) == flat.shape[0] else rows.to(device),
             None if len(columns) == flat.shape[1] else columns.to(device),
         )
 
