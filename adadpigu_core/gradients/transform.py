@@ -44,7 +44,9 @@ class Part:
         if mask.dim() < 2:
             return None
         flat = mask.flatten(2).numpy().any(2) if mask.dim() > 2 else mask.numpy()  # far faster than torch at this
-        rows, columns = (torch.from_numpy(np.flatnonzero(retained)) for retained in (flat.any(1), flat.any(0)))
+        rows, columns = (
+            torch.from_numpy(np.flatnonzero(retained)) for retained in (np.any(flat, axis=1), np.any(flat, axis=0))
+        )
         if len(rows) * len(columns) > (1 - _WORTH_LEAVING_OUT) * flat.size:
             return None
         return cls(
