@@ -20,6 +20,7 @@ from torch import Tensor
 from adadpigu_core import datasets
 from adadpigu_core.accounting import PRETRAINING, TRAINING, Plan, calibrate
 from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation
+from adadpigu_core.augmentation import Views
 from adadpigu_core.configuration import NOT_RELEASED, ORACLE, PUBLIC, Configuration, not_private
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
@@ -77,8 +78,18 @@ class _Pool:
         statistics = FixedStatistics(given.mean, given.scale)
         randomness = SeededRandomness(self.configuration.seed, number)
         assign(model, state.optimiser.weights)
+        training = self.configuration.training
         release, _, _ = private_step(
-            model, cross_entropy, self.records, mechanism, given.mask, statistics, randomness, lambda _: None
+            model,
+            cross_entropy,
+            self.records,
+            mechanism,
+            given.mask,
+            statistics,
+            randomness,
+            lambda _: None,
+            self.configuration.runtime.gradient_options,
+            Views(training.views, training.augmentation).augmentation,
         )
         return release.gradient
 

@@ -49,6 +49,13 @@ def test_it_learns_and_repeats_itself(settings):
     assert first != run(parse({**settings, "seed": 1}))
 
 
+def test_views_of_a_record_are_drawn():
+    few = {"federation.num-clients": 2, "federation.num-rounds": 2}
+    one = run(parse({**few, "training.views": 1, "training.augmentation": "shifts"}))
+    assert one != run(parse(few))
+    assert one != run(parse({**few, "training.views": 3, "training.augmentation": "shifts"}))
+
+
 def test_it_is_ranked_anew_by_what_training_releases(settings):
     anew = {**settings, "pretraining.round-share": 0.0, "retention.rerank-every": 3}
     result = run(parse(anew))
