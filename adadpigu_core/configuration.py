@@ -8,11 +8,9 @@ is in ``PrivacySettings``; a client obeys it only as far as its own limits allow
 import difflib
 import json
 import math
-import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from adadpigu_core import datasets, factories, front_ends, models, settings_file
@@ -23,18 +21,19 @@ from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import PRECISIONS, GradientOptions
 from adadpigu_core.importance import DRIFT, MEASURES
 from adadpigu_core.masking import RETAINED_AS, SCHEDULES
-from adadpigu_core.messages import MOST_STEPS, printable
+from adadpigu_core.messages import MOST_STEPS
 from adadpigu_core.methods import METHODS, settings_of
 from adadpigu_core.noise_schedule import LARGEST_RATIO, LEAST_RATIO, NOISE_SCHEDULES
+from adadpigu_core.printable import printable
 from adadpigu_core.shrinkage import SHRINKAGE_GRANULARITIES, SHRINKAGE_RULES
 from adadpigu_core.weights import AGGREGATIONS
 
 Value = settings_file.Value
 OWNERS = ("server", "client")
-PUBLIC, ORACLE = "public", "oracle"
+CONSENSUS, PUBLIC, ORACLE = "consensus", "public", "oracle"
 NOT_RELEASED = ("random", PUBLIC, ORACLE)  # rankings that no release goes into
 PUBLIC_DIGITS = "public-digits"  # weights that are trained on them
-RANKINGS = ("consensus", "local", *NOT_RELEASED)
+RANKINGS = (CONSENSUS, "local", *NOT_RELEASED)
 PARTITIONS = ("iid", "dirichlet")
 OPTIMISERS = ("sgd", "adam")
 DEVICES = ("cpu", "cuda", "auto")
@@ -115,7 +114,7 @@ class PretrainingSettings:
     round_share: float = _setting(0.1, "share of the rounds spent on pretraining; 0 leaves it out", least=0, below=1)
     measure: str = _setting(DRIFT, "score of a coordinate", choices=(*MEASURES, DRIFT))
     ranking: str = _setting(
-        "consensus",
+        CONSENSUS,
         "whose importance ranks; public: made-up images; controls: random, and oracle (simulation only, not private)",
         choices=RANKINGS,
     )
@@ -130,6 +129,7 @@ class RetentionSettings:
     final_ratio: float = _setting(1.0, "share retained in the end (constant: without effect)", above=0, most=1)
     period: float = _setting(0.2, "part of training over which the share grows", above=0, most=1)
     granularity: str = _setting("coordinate", "what is ranked and retained as a whole", choices=RETAINED_AS)
+    rerank_every: int = _setting(0, "training rounds between rankings by all releases so far; 0: ranked once", least=0)
 
 
 @dataclass(frozen=True)
@@ -241,14 +241,6 @@ def not_private(configuration: Configuration) -> str:
     if configuration.pretraining.ranking == ORACLE:
         return "NOT PRIVATE: coordinates are ranked by an oracle, which reads gradients without noise; a control only"
     return ""
-
-
-def run_folder(configuration: Configuration, flower_run: int) -> Path:
-    """Folder of a run: as configured, or one under ``$ADADPIGU_HOME`` (default ``~/.adadpigu``) by Flower's run id."""
-    if configuration.runtime.output:
-        return Path(configuration.runtime.output).expanduser()
-    home = os.environ.get("ADADPIGU_HOME") or Path.home() / ".adadpigu"
-    return Path(home).expanduser() / "runs" / f"flwr-{flower_run}"
 
 
 def settings() -> Iterator[tuple[str, Value, str]]:
@@ -365,13 +357,18 @@ def _contradictions(configuration: Configuration) -> Iterator[str]:
         yield "training.augmentation: views are made of raw images; set task.features = raw, or augmentation = none"
     retention = configuration.retention
     if retention.schedule != "constant" and retention.final_ratio < retention.initial_ratio:
-        yield "retention.final-ratio: must not be below retention.initial-ratio; coordinates are never frozen again"
+        yield "retention.final-ratio: must not be below retention.initial-ratio; the retained share never shrinks"
     pretraining = configuration.pretraining
-    ranked = pretraining.ranking in NOT_RELEASED
+    if retention.rerank_every and pretraining.ranking != CONSENSUS:
+        yield (
+            f"retention.rerank-every: needs pretraining.ranking = consensus, not {pretraining.ranking}; "
+            "set that, or rerank-every = 0"
+        )
+    ranked = pretraining.ranking in NOT_RELEASED or 0 < retention.rerank_every < federation.num_rounds
     if pretraining.round_share == 0 and retention.initial_ratio < 1 and not ranked:
         yield (
             "pretraining.round-share: without pretraining there is no ranking to choose coordinates by; "
-            "set retention.initial-ratio = 1.0, or a share above 0"
+            "set retention.initial-ratio = 1.0, a share above 0, or retention.rerank-every below federation.num-rounds"
         )
 
 

@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adadpigu_core import made_up, own_files
+from adadpigu_core.data_dir import DATA_DIR_VARIABLE, located
 from adadpigu_core.exceptions import ConfigurationError, DataError
 from adadpigu_core.text import TEXT_PREFIX, TextSource
 
 NPZ_PREFIX = "npz:"
-DATA_DIR_VARIABLE = "ADADPIGU_DATA_DIR"
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar-10": "CIFAR10"}
 NAMES = ("digits", *_TORCHVISION, *made_up.NAMES)
 _PREFIXES = (NPZ_PREFIX, own_files.CSV_PREFIX, own_files.IMAGES_PREFIX, TEXT_PREFIX)
@@ -160,7 +160,7 @@ def load(name: str, *, root: str | None = None) -> DataSet:
     Args:
         name: One of ``NAMES``, or ``npz:PATH`` with the keys x_train, y_train, x_test, y_test and, where the labels do
             not show all classes, num_classes; csv: and images: are described in `own_files`. A relative path starts
-            at the current directory.
+            at the current directory, or where nothing is there, in the folder of ADADPIGU_DATA_DIR.
         root: Folder for torchvision's files; else the one in ADADPIGU_DATA_DIR, else ``~/.cache/adadpigu``.
 
     Raises:
@@ -297,7 +297,7 @@ def _npz_path(source: str) -> Path:
     name = source.removeprefix(NPZ_PREFIX)
     if not name:
         raise ConfigurationError(f"{NPZ_PREFIX} needs a path, as in {NPZ_PREFIX}records.npz")
-    return Path(os.path.expanduser(name)).absolute()
+    return located(name)
 
 
 @contextmanager

@@ -33,6 +33,11 @@ def groups(layout: ParameterLayout, granularity: str) -> Tensor:
     return torch.cat(pieces)
 
 
+def shared(layout: ParameterLayout, granularity: str) -> Tensor | None:
+    """The same, or None if no two coordinates share a group."""
+    return None if granularity == "coordinate" else groups(layout, granularity)
+
+
 def _within(shape: tuple[int, ...], granularity: str) -> Tensor:
     """Group of each entry of one parameter, in its shape."""
     axis = {"layer": None, "row": 0, "column": 1}[granularity]

@@ -11,7 +11,8 @@ During pretraining every step releases a noisy mean gradient ghat. Three scores 
 
 The first two are scores of one release, which a client computes and sends; ``drift`` is made of the updates themselves,
 by whoever adds them up. Importance is a function of released values and costs no privacy. What clients send is added up
-with public weights, so that their independent noise averages out, and ranked once.
+with public weights, so that their independent noise averages out, and ranked once; whether the coordinates are ranked
+anew during training, by the drift of all releases, is for the server to decide.
 """
 
 import torch

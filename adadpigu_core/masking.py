@@ -1,8 +1,9 @@
 """Masks that grow: progressive unfreezing.
 
-A ranking and a retention ratio r(t) give the mask of a round: the first round(r d) coordinates of the ranking. Since
-the ratio never decreases, masks are nested, and a coordinate that has been released stays released. What is ranked may
-be groups of coordinates, which are retained as a whole.
+A ranking and a retention ratio r(t) give the mask of a round: the first round(r d) coordinates of the ranking. The
+ratio never decreases, so that the masks of one ranking are nested; where coordinates are ranked anew during training,
+one that was retained may be left out later, and come back. What is ranked may be groups of coordinates, which are
+retained as a whole.
 """
 
 import hashlib
@@ -70,8 +71,15 @@ def mask_of(ranking: Tensor, ratio: float, group: Tensor | None = None) -> Tenso
     return mask if group is None else mask[group]
 
 
-def pack(mask: Tensor) -> NDArray[np.uint8]:
-    """Pack a mask into bits, eight coordinates a byte."""
+def pack(mask: Tensor, group: Tensor | None = None) -> NDArray[np.uint8]:
+    """Pack a mask into bits, eight groups a byte.
+
+    Args:
+        mask: Bool [d], alike within each group.
+        group: Index of the group of each coordinate, int64 [d]; None = every coordinate is its own.
+    """
+    if group is not None:
+        mask = torch.zeros(int(group.max()) + 1, dtype=torch.bool).index_put((group,), mask)
     return np.packbits(mask.numpy())
 
 
@@ -80,20 +88,24 @@ def fingerprint(mask: Tensor) -> str:
     return hashlib.sha256(pack(mask).tobytes()).hexdigest()[:16]
 
 
-def unpack(bits: NDArray[np.uint8], num_parameters: int) -> Tensor:
+def unpack(bits: NDArray[np.uint8], count: int, group: Tensor | None = None) -> Tensor:
     """Unpack the bits of a mask.
 
+    Args:
+        bits: As ``pack`` gave them.
+        count: Number of groups, which are the coordinates themselves without ``group``.
+        group: As for ``pack``.
+
     Raises:
-        MessageError: If the bits do not hold exactly ``num_parameters`` coordinates, or retain none.
+        MessageError: If the bits do not hold exactly ``count`` groups, or retain none.
     """
-    if bits.dtype != np.uint8 or bits.shape != (math.ceil(num_parameters / 8),):
-        text = (
-            f"mask: {bits.dtype} {bits.shape} does not hold {num_parameters} coordinates; "
-            f"expected uint8 ({math.ceil(num_parameters / 8)},)"
-        )
+    what = "coordinates" if group is None else "groups"
+    if bits.dtype != np.uint8 or bits.shape != (math.ceil(count / 8),):
+        text = f"mask: {bits.dtype} {bits.shape} does not hold {count} {what}; expected uint8 ({math.ceil(count / 8)},)"
         raise MessageError(text, text)
     flags = np.unpackbits(bits)
-    if flags[num_parameters:].any() or not flags.any():
-        text = f"mask: must retain between 1 and {num_parameters} coordinates"
+    if flags[count:].any() or not flags.any():
+        text = f"mask: must retain between 1 and {count} {what}"
         raise MessageError(text, text)
-    return torch.from_numpy(flags[:num_parameters].astype(bool))
+    mask = torch.from_numpy(flags[:count].astype(bool))
+    return mask if group is None else mask[group]

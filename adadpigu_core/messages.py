@@ -24,8 +24,10 @@ from adadpigu_core.accounting import PHASES, Event
 from adadpigu_core.adaptive_clipping import AdaptiveClipping
 from adadpigu_core.augmentation import NONE as NO_AUGMENTATION
 from adadpigu_core.exceptions import AdaDPIGUError, MessageError
+from adadpigu_core.masking import RETAINED_AS
 from adadpigu_core.models import ModelSpec
 from adadpigu_core.noise_schedule import CONSTANT, NoiseSchedule
+from adadpigu_core.printable import printable
 
 PROTOCOL_VERSION = 1
 _KIND = "kind"  # not the name of a field of any message
@@ -142,7 +144,7 @@ class TrainRequest:
         phase: ``pretraining`` or ``training``.
         model: What is trained.
         weights: Weights to start from, float32 [d].
-        mask: Packed mask, uint8 [d / 8]; None if the client has it already.
+        mask: Packed mask, a bit a group, uint8 [groups / 8]; None if the client has it already.
         mask_id: Fingerprint of the mask; empty = everything is retained.
         gradient_mean: float32 [d]; None = 0.
         gradient_scale: float32 [groups of the clipping's granularity]; None = 1, or the client's own statistics.
@@ -156,6 +158,7 @@ class TrainRequest:
         views: Random views of a record, over which its gradient is the mean.
         augmentation: How they are made.
         fixed: What the model has beside its trainable weights, float32 [f]; None if there is nothing.
+        mask_granularity: What is a group of the mask, one of ``masking.RETAINED_AS``.
     """
 
     run: str
@@ -178,9 +181,11 @@ class TrainRequest:
     views: int = 1
     augmentation: str = NO_AUGMENTATION
     fixed: Array | None = None
+    mask_granularity: str = RETAINED_AS[0]
 
     def __post_init__(self) -> None:
         require(self.phase in PHASES, "phase", f"unknown value {_shown(self.phase)}")
+        require(self.mask_granularity in RETAINED_AS, "mask-granularity", "must be one of " + ", ".join(RETAINED_AS))
         require(self.round >= 1, "round", f"must be at least 1, got {self.round}")
         require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")
         require(self.clipping_norm > 0, "clipping-norm", f"must be positive, got {self.clipping_norm}")
@@ -274,12 +279,6 @@ def _require_buildable(model: ModelSpec) -> None:
         "model.num-classes",
         f"a task has at most {_MOST_CLASSES} classes, not {model.num_classes}",
     )
-
-
-def printable(text: str, most: int) -> str:
-    """Make a text fit for a terminal, a log or a report, whoever wrote it: one line of at most so many letters."""
-    shortened = text if len(text) <= most else text[: most - 3] + "..."
-    return "".join(letter if letter.isprintable() else " " for letter in shortened)
 
 
 def _shown(value: object) -> str:

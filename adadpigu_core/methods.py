@@ -15,6 +15,7 @@ _PAPER: dict[str, bool | float | str] = {
     "retention.final-ratio": 1.0,
     "retention.period": 1.0,
     "retention.granularity": "coordinate",
+    "retention.rerank-every": 0,
     "adaptive-clipping.rule": "paper",
     "adaptive-clipping.centre": True,
     "shrinkage.rule": "none",
@@ -25,6 +26,7 @@ _PLAIN: dict[str, bool | float | str] = {
     "retention.schedule": "linear",
     "retention.initial-ratio": 1.0,
     "retention.final-ratio": 1.0,
+    "retention.rerank-every": 0,
     "adaptive-clipping.rule": "none",
     "shrinkage.rule": "none",
 }

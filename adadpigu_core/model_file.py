@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.messages import printable
+from adadpigu_core.printable import printable
 
 _SUFFIX = ".npy"
 _MOST_LETTERS = 100  # of a name in a message

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adadpigu_core.data_dir import located
 from adadpigu_core.exceptions import ConfigurationError, DataError
 
 CSV_PREFIX, IMAGES_PREFIX = "csv:", "images:"
@@ -51,7 +52,7 @@ def place_of(source: str) -> tuple[str, Path, str]:
         name, _, column = name.rpartition("#")
     if not name or not column:
         raise ConfigurationError(f"{source}: needs a path, as in csv:records.csv#label or images:folder")
-    return prefix, Path(name).expanduser().absolute(), column
+    return prefix, located(name), column
 
 
 def read_split(source: str, split: str) -> Pair:

@@ -9,8 +9,8 @@ one number.
 Two estimates of E_g:
 
 * ``energy``: the mean of ghat^2 - n^2 over coordinates and rounds;
-* ``drift``: the mean over coordinates of (sum of ghat)^2 minus its noise, over the squared number of rounds. It sees
-  only what pulls the same way round after round, and has far less noise: 1 / t of a release's, not 1 / sqrt(t).
+* ``drift``: the mean over coordinates of (sum of ghat)^2 minus its noise, over the squared number of rounds: only what
+  pulls the same way round after round, with far less noise.
 
 Estimates are pulled towards the mean of all groups as far as their own noise explains that they differ (empirical
 Bayes), so that factors are 1 until something is known. All of it is a function of releases and costs no privacy. Left
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from adadpigu_core.adaptive_clipping import reliable
+from adadpigu_core.drift import Drift
 from adadpigu_core.exceptions import ConfigurationError, MessageError
 from adadpigu_core.grouping import groups, pool
 from adadpigu_core.parameters import ParameterLayout
@@ -40,21 +41,17 @@ class Shrinkage:
         rule: ``none``, ``energy`` or ``drift``.
         granularity: What shares a factor.
         layout: The parameters.
-        total: Sum of the releases, float64 [d].
-        noise: Sum of the variances of their noise, float64 [d].
+        drift: Sums of the releases and of their noise.
         energy: Sum of ghat^2 - n^2, float64 [d].
         doubt: Variance of ``energy`` that noise explains, float64 [d].
-        rounds: In how many rounds a coordinate was released, float64 [d].
     """
 
     rule: str
     granularity: str
     layout: ParameterLayout
-    total: Tensor
-    noise: Tensor
+    drift: Drift
     energy: Tensor
     doubt: Tensor
-    rounds: Tensor
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -68,7 +65,8 @@ class Shrinkage:
     def neutral(cls, rule: str, granularity: str, layout: ParameterLayout) -> "Shrinkage":
         """Nothing known yet."""
         size = 0 if rule == "none" else layout.num_parameters
-        return cls(rule, granularity, layout, *(torch.zeros(size, dtype=torch.float64) for _ in range(5)))
+        nothing = torch.zeros(size, dtype=torch.float64)
+        return cls(rule, granularity, layout, Drift.neutral(size), nothing, nothing)
 
     def updated(self, released_gradient: Tensor, noise_stddev: Tensor, mask: Tensor) -> "Shrinkage":
         """Learn from a released gradient.
@@ -84,12 +82,10 @@ class Shrinkage:
         variance = torch.where(mask, noise_stddev, 0.0).double().square()
         return replace(
             self,
-            total=self.total + gradient,
-            noise=self.noise + variance,
+            drift=self.drift.updated(released_gradient, noise_stddev, mask),
             energy=self.energy + gradient.square() - variance,
             # a squared normal variate has twice the squared variance for variance
             doubt=self.doubt + 2 * variance.square(),
-            rounds=self.rounds + mask,
         )
 
     def factors(self, mask: Tensor) -> Tensor:
@@ -97,7 +93,7 @@ class Shrinkage:
 
         They are 1 while there is no signal to be seen, and for the rule ``none``.
         """
-        usable = mask & (self.rounds > 0) if self.rule != "none" else torch.zeros_like(mask)
+        usable = mask & self.drift.known if self.rule != "none" else torch.zeros_like(mask)
         if not usable.any():
             return torch.ones(len(mask))
         energy, doubt, noise = self._estimates(usable)
@@ -113,25 +109,26 @@ class Shrinkage:
 
     def _estimates(self, usable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each coordinate's group: energy of the signal, variance of that estimate, noise variance of a release."""
-        rounds = self.rounds.clamp(min=1)
+        drift = self.drift
         if self.rule == "drift":
-            energy = (self.total.square() - self.noise) / rounds.square()
-            doubt = 2 * self.noise.square() / rounds.pow(4)
+            energy, doubt = drift.energy, drift.doubt
         else:
+            rounds = drift.rounds.clamp(min=1)
             energy, doubt = self.energy / rounds, self.doubt / rounds.square()
         group = groups(self.layout, self.granularity)
         num_groups = int(group.max()) + 1
         count = pool(energy, usable, group, num_groups)[0].clamp(min=1)
         shared = [
             (pool(values, usable, group, num_groups)[1] / count)[group]
-            for values in (energy, doubt, self.noise / rounds)
+            for values in (energy, doubt, drift.release_noise)
         ]
         return shared[0], shared[1] / count[group], shared[2]
 
     def state(self) -> dict[str, Tensor]:
         """What has been learnt, by name."""
-        names = ("total", "noise", "energy", "doubt", "rounds")
-        return {name: getattr(self, name) for name in names} if self.rule != "none" else {}
+        if self.rule == "none":
+            return {}
+        return {**self.drift.state(), "energy": self.energy, "doubt": self.doubt}
 
     def restored(self, state: Mapping[str, Tensor]) -> "Shrinkage":
         """Go on from what ``state`` gave.
@@ -143,4 +140,6 @@ class Shrinkage:
         if any(name not in state or state[name].shape != own[name].shape for name in own):
             text = "shrinkage: the model changed during the run"
             raise MessageError(text, text)
-        return replace(self, **{name: state[name] for name in own})  # type: ignore[arg-type]  # tensors all
+        if not own:
+            return self
+        return replace(self, drift=self.drift.restored(state), energy=state["energy"], doubt=state["doubt"])

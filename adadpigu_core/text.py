@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adadpigu_core.data_dir import located
 from adadpigu_core.exceptions import ConfigurationError, DataError
 
 TEXT_PREFIX = "text:"
@@ -71,7 +72,7 @@ class TextSource:
         if not path or known is None or any(more):
             raise ConfigurationError(f"{name}: write text:PATH, text:PATH#ham,spam or text:PATH#ham,spam#words-4096")
         names = tuple(classes.split(",")) if classes else ()
-        return cls(Path(path).expanduser().absolute(), names, known[1], int(known[2]))
+        return cls(located(path), names, known[1], int(known[2]))
 
     def split(self) -> tuple[Pair, Pair]:
         """Read training and test records."""

@@ -30,6 +30,7 @@ from adadpigu_core.augmentation import Views
 from adadpigu_core.datasets import Records, check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
 from adadpigu_core.gradients import check_gradients, check_rounding, cross_entropy
+from adadpigu_core.grouping import shared
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
 from adadpigu_core.local_training import LocalUpdate, train_round
@@ -337,10 +338,15 @@ def _mask(request: TrainRequest, memory: Memory, layout: ParameterLayout) -> Ten
         return torch.ones(layout.num_parameters, dtype=torch.bool)
     if request.phase == PRETRAINING:
         raise MessageError("mask: pretraining retains everything", "mask: pretraining retains everything")
-    bits = request.mask if request.mask is not None else memory.get(f"mask-{request.mask_id}")
-    if bits is None:
+    if request.mask is not None:
+        group = shared(layout, request.mask_granularity)
+        count = layout.num_parameters if group is None else int(group.max()) + 1
+        mask = masking.unpack(cast(NDArray[np.uint8], request.mask), count, group)  # it checks the type
+    elif f"mask-{request.mask_id}" in memory:
+        known = memory[f"mask-{request.mask_id}"]
+        mask = masking.unpack(cast(NDArray[np.uint8], known), layout.num_parameters)
+    else:
         raise UnknownMaskError("mask: this client does not have it", "mask: this client does not have it; send it")
-    mask = masking.unpack(cast(NDArray[np.uint8], bits), layout.num_parameters)  # it checks the type
     require(masking.fingerprint(mask) == request.mask_id, "mask-id", "is not the fingerprint of the mask")
     return mask
 

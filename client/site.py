@@ -20,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from adadpigu_core import datasets, front_ends, kept_features
-from adadpigu_core.configuration import DEVICES, ORACLE, Configuration, RuntimeSettings, Value, parse, run_folder
+from adadpigu_core.configuration import DEVICES, ORACLE, Configuration, RuntimeSettings, Value, parse
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError, LedgerError
 from adadpigu_core.front_ends import applied
 from adadpigu_core.gradients import DEFAULTS, PRECISIONS, GradientOptions
+from adadpigu_core.home import run_folder
 from adadpigu_core.ledger import Target
 from adadpigu_core.sampling import Randomness, SeededRandomness, SystemRandomness
 from client.file_modes import open_to_others

@@ -20,10 +20,10 @@ from adadpigu_core.configuration import (
     Value,
     not_private,
     parse,
-    run_folder,
     to_toml,
 )
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.home import run_folder
 from adadpigu_core.kept_features import public_features
 from adadpigu_core.models import ModelSpec, build, check_private, default_model
 from adadpigu_core.parameters import ParameterLayout, assign, assign_fixed, flatten, flatten_fixed

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from adadpigu_core.exceptions import MessageError
-from adadpigu_core.messages import Description, Refusal, Wire, decode, kind_of, printable
+from adadpigu_core.messages import Description, Refusal, Wire, decode, kind_of
+from adadpigu_core.printable import printable
 from server.tally import Tally
 
 log = logging.getLogger("adadpigu.server")

@@ -14,7 +14,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from adadpigu_core.exceptions import MessageError
-from adadpigu_core.messages import Wire, printable
+from adadpigu_core.messages import Wire
+from adadpigu_core.printable import printable
 from server.wire import from_content
 
 log = logging.getLogger("adadpigu.server")

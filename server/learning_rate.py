@@ -10,7 +10,8 @@ So the length is fixed here and gives the rate. Where most inputs are zero, as i
 reaches no output, and such a rate is ten times too small. How far outputs move when every weight moves by noise of
 unit variance is measured on public test records, and the rate may rise until the walk moves them by 1: rates found by
 search moved them by 0.4 to 2.5. Where there is next to no noise both would be too large: a step then moves by the
-clipping norm, and r C / (1 - m) is bounded as well.
+clipping norm, and r C / (1 - m) is bounded as well: by 6, or where outputs hardly follow the weights, by 20 over their
+gain, which is at most 20.
 
 Everything is post-processing of public facts. Left out: schedules, and what depends on the curvature of the loss.
 """
@@ -28,7 +29,7 @@ from adadpigu_core.weights import noise_of_mean, public_weight
 
 _LENGTH = 8.0
 _OUTPUTS = 1.0
-_LARGEST_STEP = 6.0
+_LARGEST_STEP, _LARGEST_OUTPUTS = 6.0, 20.0
 # How outputs are probed: so many records, and weights moved so far, so many times.
 _PROBED, _NUDGE, _NUDGES = 500, 1e-3, 8
 
@@ -96,8 +97,10 @@ def automatic(configuration: Configuration, clients: Sequence[Declared], num_par
     amplified = optimiser.server_learning_rate / (1 - (optimiser.momentum if optimiser.name == "sgd" else 0.0))
     steps = federation.num_rounds * federation.local_steps
     walk = math.sqrt(steps) * noise_of_mean(weights, noise)
-    largest = _LARGEST_STEP / (privacy.clipping_norm * federation.local_steps)
+    in_outputs = 1 / gain if gain > 0 else 0.0
+    step = max(_LARGEST_STEP, _LARGEST_OUTPUTS * min(1.0, in_outputs))
+    largest = step / (privacy.clipping_norm * federation.local_steps)
     if walk == 0:
         return largest / amplified
-    wanted = max(_LENGTH / math.sqrt(num_parameters), _OUTPUTS / gain if gain > 0 else 0.0)
+    wanted = max(_LENGTH / math.sqrt(num_parameters), _OUTPUTS * in_outputs)
     return min(largest, wanted / walk) / amplified

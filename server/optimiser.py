@@ -1,7 +1,8 @@
 """The server's step: post-processing of released updates by one of torch's optimisers.
 
 The mean update plays the part of a negative gradient. Coordinates that nobody retained do not move, even if the
-optimiser still remembers a direction for them.
+optimiser still remembers a direction for them. It fades round by round as if their updates were zero, so that one that
+is left out for a while and comes back is not thrown by what was remembered long ago.
 
 Beside the weights goes, if it is wanted, an exponential average of them over the rounds, which is evaluated and never
 sent. Until the decay is reached it forgets as a mean over the later half of the rounds does, so that the start is gone

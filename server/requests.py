@@ -11,7 +11,7 @@ from adadpigu_core import masking
 from adadpigu_core.accounting import PRETRAINING, TRAINING
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
-from adadpigu_core.grouping import groups
+from adadpigu_core.grouping import groups, shared
 from adadpigu_core.importance import DRIFT
 from adadpigu_core.messages import DescribeRequest, TrainRequest
 from adadpigu_core.models import ModelSpec
@@ -98,7 +98,7 @@ class Requests:
             phase=work.phase,
             model=self.spec,
             weights=work.weights.numpy(),
-            mask=masking.pack(asked.mask) if asked.mask_id and send_mask else None,
+            mask=masking.pack(asked.mask, self._group) if asked.mask_id and send_mask else None,
             mask_id=asked.mask_id,
             gradient_mean=mean,
             gradient_scale=scale,
@@ -111,7 +111,12 @@ class Requests:
             views=configuration.training.views,
             augmentation=configuration.training.augmentation,
             fixed=work.fixed.numpy() if len(work.fixed) else None,
+            mask_granularity=configuration.retention.granularity,
         )
+
+    @property
+    def _group(self) -> Tensor | None:
+        return shared(self.layout, self.configuration.retention.granularity)
 
     def _statistics(self, work: RoundWork) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
         settings = self.configuration.adaptive_clipping

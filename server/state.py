@@ -11,8 +11,9 @@ from torch import Tensor
 
 from adadpigu_core.adaptive_clipping import RunningStatistics
 from adadpigu_core.configuration import Configuration, Value, flatten
+from adadpigu_core.drift import Drift
 from adadpigu_core.exceptions import ConfigurationError
-from adadpigu_core.grouping import groups
+from adadpigu_core.grouping import shared
 from adadpigu_core.importance import DRIFT
 from adadpigu_core.parameters import ParameterLayout
 from adadpigu_core.shrinkage import Shrinkage
@@ -20,7 +21,8 @@ from server.optimiser import ServerOptimiser
 from server.schedule import Importance
 from server.tally import Tally
 
-_IMPORTANCE, _STATISTICS, _SHRINKAGE, _FIXED = "importance.", "statistics.", "shrinkage.", "fixed"
+_IMPORTANCE, _STATISTICS, _SHRINKAGE, _DRIFT = "importance.", "statistics.", "shrinkage.", "drift."
+_FIXED = "fixed"
 # A run may go on with others of these: they decide on nothing that a client has planned for or released.
 _FREE_TO_CHANGE = ("runtime.", "federation.round-timeout", "federation.start-timeout", "federation.clients")
 
@@ -34,9 +36,10 @@ class ServerState:
         layout: Order of the parameters.
         round: Last completed round.
         optimiser: Weights and moments.
-        importance: What pretraining has found.
+        importance: What coordinates are ranked by.
         statistics: Of aggregated releases.
         shrinkage: What is known of signal and noise in them.
+        drift: What is known of the signal from both phases, if coordinates are to be ranked anew by it; else empty.
         tally: What every client has spent.
         bytes_up: Payload received.
         bytes_down: Payload sent.
@@ -53,6 +56,7 @@ class ServerState:
     importance: Importance
     statistics: RunningStatistics
     shrinkage: Shrinkage
+    drift: Drift
     tally: Tally
     bytes_up: int = 0
     bytes_down: int = 0
@@ -74,11 +78,12 @@ class ServerState:
                 configuration.pretraining.ranking,
                 d,
                 configuration.seed,
-                _group(configuration, layout),
+                shared(layout, configuration.retention.granularity),
                 signed=configuration.pretraining.measure == DRIFT,
             ),
             statistics=RunningStatistics.neutral(configuration.adaptive_clipping.clipping, layout),
             shrinkage=Shrinkage.neutral(configuration.shrinkage.rule, configuration.shrinkage.granularity, layout),
+            drift=Drift.neutral(d if configuration.retention.rerank_every else 0),
             tally=Tally(),
             learning_rate=configuration.optimiser.local_learning_rate,
             settings={
@@ -94,6 +99,7 @@ class ServerState:
             **{_STATISTICS + name: value for name, value in self.statistics.state().items()},
             **{_SHRINKAGE + name: value for name, value in self.shrinkage.state().items()},
             _FIXED: self.fixed,
+            **{_DRIFT + name: value for name, value in self.drift.state().items() if len(value)},
         }
         values = {
             "run": self.run,
@@ -105,6 +111,7 @@ class ServerState:
             "bytes_down": self.bytes_down,
             "seconds": self.seconds,
             "learning_rate": self.learning_rate,
+            "importance_settled": self.importance.settled,
         }
         return {name: tensor.numpy() for name, tensor in tensors.items()}, values
 
@@ -120,9 +127,12 @@ class ServerState:
         for name, tensor in tensors.items():
             if name.startswith(_IMPORTANCE):
                 self.importance.scores[name.removeprefix(_IMPORTANCE)] = tensor
+        self.importance.settled = values["importance_settled"]
         self.statistics = self.statistics.restored(_of(_STATISTICS, tensors))
         self.shrinkage = self.shrinkage.restored(_of(_SHRINKAGE, tensors))
         self.fixed = tensors.get(_FIXED, self.fixed)
+        if len(self.drift.rounds):
+            self.drift = self.drift.restored(_of(_DRIFT, tensors))
         self.tally = Tally.restore(values["tally"])
         self.run, self.round = values["run"], values["round"]
         self.bytes_up, self.bytes_down = values["bytes_up"], values["bytes_down"]
@@ -141,8 +151,3 @@ class ServerState:
 
 def _of(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _group(configuration: Configuration, layout: ParameterLayout) -> Tensor | None:
-    granularity = configuration.retention.granularity
-    return None if granularity == "coordinate" else groups(layout, granularity)

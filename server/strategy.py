@@ -1,4 +1,4 @@
-"""The AdaDPIGU strategy: describe, pretrain, rank, train under a growing mask.
+"""The AdaDPIGU strategy: describe, pretrain, rank, train under a mask that grows or moves.
 
 It sees released values and public facts only, so nothing in here can cost privacy; what it bears on is how much the
 released values are good for. One round: ask every member for a release under the round's mask and statistics, average
@@ -28,7 +28,7 @@ from adadpigu_core.parameters import assign, flatten, flatten_fixed
 from server.aggregation import Contribution
 from server.cohort import Cohort
 from server.exchange import Exchange, Reply, Wait, request, sleep
-from server.learning import learn
+from server.learning import learn, rerank
 from server.learning_rate import automatic, output_gain
 from server.reception import Expected, Reception
 from server.requests import Asked, Requests, RoundWork
@@ -154,6 +154,7 @@ class AdaDPIGU(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Make the requests of a round, one for each member that is there."""
+        rerank(self.state, self._schedule, server_round)
         phase, ratio = self._schedule.phase(server_round), self._schedule.ratio(server_round)
         everything = torch.ones(self.state.layout.num_parameters, dtype=torch.bool)
         masks = {
@@ -169,9 +170,13 @@ class AdaDPIGU(Strategy):
         union = reduce(torch.logical_or, (each.mask for each in asked.values())) if asked else everything
         standardisation = self._standardise(union, phase)
         self._expected = Expected(server_round, {}, standardisation)
-        state = self.state
         work = RoundWork(
-            *(server_round, phase, state.optimiser.weights, standardisation, state.learning_rate, state.fixed)
+            round=server_round,
+            phase=phase,
+            weights=self.state.optimiser.weights,
+            standardisation=standardisation,
+            learning_rate=self.state.learning_rate,
+            fixed=self.state.fixed,
         )
         contents: dict[tuple[str, bool], tuple[TrainRequest, RecordDict]] = {}
         messages = []
@@ -184,6 +189,8 @@ class AdaDPIGU(Strategy):
             message, shared = contents[key]
             known = self.state.tally[member.description.data_set].events
             content = readdressed(shared, encode(replace(message, spent=known)))
+            if key[1]:
+                member.mask_id = ""  # it may forget the mask that it had, whether its answer arrives or not
             messages.append(request(content, member.node, TRAIN, server_round))
         return messages
 

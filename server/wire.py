@@ -6,7 +6,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, RecordDict
 
 from adadpigu_core.exceptions import MessageError
-from adadpigu_core.messages import Wire, WireValue, printable
+from adadpigu_core.messages import Wire, WireValue
+from adadpigu_core.printable import printable
 
 
 def to_content(wire: Wire) -> RecordDict:

@@ -9,7 +9,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from adadpigu_core import datasets
-from adadpigu_core.configuration import parse, run_folder
+from adadpigu_core.configuration import parse
+from adadpigu_core.home import run_folder
 from adadpigu_core.models import build, check_private, fingerprint
 from server.app import model_spec
 from server.starting_weights import check_start

@@ -20,6 +20,7 @@ from torch import Tensor
 from adadpigu_core import datasets
 from adadpigu_core.accounting import PRETRAINING, TRAINING, Plan, calibrate
 from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation
+from adadpigu_core.augmentation import Views
 from adadpigu_core.configuration import NOT_RELEASED, ORACLE, PUBLIC, Configuration, not_private
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError
@@ -34,7 +35,7 @@ from client.partitions import Deal, deal
 from server.aggregation import Contribution
 from server.app import model_spec
 from server.evaluation import evaluator
-from server.learning import learn
+from server.learning import learn, rerank
 from server.learning_rate import automatic, output_gain
 from server.public_importance import public_scores
 from server.schedule import EVERYONE, Schedule
@@ -78,8 +79,18 @@ class _Pool:
         statistics = FixedStatistics(given.mean, given.scale)
         randomness = SeededRandomness(self.configuration.seed, number)
         assign(model, state.optimiser.weights)
+        training = self.configuration.training
         release, _, _ = private_step(
-            model, cross_entropy, self.records, mechanism, given.mask, statistics, randomness, lambda _: None
+            model,
+            cross_entropy,
+            self.records,
+            mechanism,
+            given.mask,
+            statistics,
+            randomness,
+            lambda _: None,
+            self.configuration.runtime.gradient_options,
+            Views(training.views, training.augmentation).augmentation,
         )
         return release.gradient
 
@@ -126,6 +137,7 @@ def _round(pool: _Pool, state: ServerState, model: Any, number: int) -> int:
     configuration = pool.configuration
     schedule, d = Schedule(configuration), state.layout.num_parameters
     phase = schedule.phase(number)
+    rerank(state, schedule, number)
     mask = state.importance.mask(EVERYONE, schedule.ratio(number))
     statistics = configuration.adaptive_clipping.rule != "none"
     given = Standardisation.identity(d)

@@ -11,6 +11,7 @@ from typing import Any
 
 from adadpigu_core import datasets
 from adadpigu_core.configuration import PUBLIC_DIGITS, Configuration, Value, flatten, parse, settings, to_toml
+from adadpigu_core.data_dir import located
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.settings_file import read_toml
 from client.partitions import Deal, deal, listed_clients
@@ -245,8 +246,9 @@ def _through_flower(simulation: Simulation, see: Show, ray_address: str | None) 
 
 def _absolute(dataset: str) -> str:
     """Name the user's own file by its absolute path."""
-    prefix, path = datasets.taken_apart(dataset)
-    return f"{prefix}{Path(path).expanduser().absolute()}" if prefix and path else dataset
+    prefix, place = datasets.taken_apart(dataset)
+    path, mark, rest = place.partition("#")
+    return f"{prefix}{located(path)}{mark}{rest}" if prefix and path else dataset
 
 
 def read_settings(path: Path) -> dict[str, Value]:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simulations.tables import Method, Row, Table
+from simulations.tables import QUALITIES, Row, Table
 
 Results = Mapping[tuple[str, str], list[dict[str, Any]]]
 """What stands in ``result.json`` of each seed's run, by name of row and of method."""
@@ -31,38 +31,41 @@ def summary(table: Table, results: Results, seeds: int, machine: Mapping[str, An
     return {
         "table": table.name,
         "title": table.title,
+        "quality": table.quality,
         "command": f"adadpigu reproduce {table.name} --seeds {seeds}{changes}",
         "seeds": list(range(seeds)),
         "code": sorted({run["code"] for run in runs}),
         "rounds": sorted({run["rounds"] for run in runs}),
         **machine,
-        "rows": [_row(row, table.methods, results) for row in table.rows],
+        "rows": [_row(row, table, results) for row in table.rows],
     }
 
 
-def _row(row: Row, methods: tuple[Method, ...], results: Results) -> dict[str, Any]:
-    first = _accuracies(results[row.name, methods[0].name])
+def _row(row: Row, table: Table, results: Results) -> dict[str, Any]:
+    methods = table.methods
+    first = _qualities(table, results[row.name, methods[0].name])
     cells = {}
     for method in methods:
         runs = results[row.name, method.name]
-        values = _accuracies(runs)
+        values = _qualities(table, runs)
         cells[method.name] = {
             "title": method.title,
             "private": method.private,
-            "accuracies": values,
+            "values": values,
             **spread(values),
-            "average": spread(_accuracies(runs, "average")) if all("average" in run for run in runs) else None,
+            "average": spread(_qualities(table, runs, "average")) if all("average" in run for run in runs) else None,
             "difference": None if method is methods[0] else paired(first, values),
             "largest_epsilon": _largest_epsilon(runs),
             "largest_share": _largest_share(runs),
             "bytes_up": statistics.mean(run["bytes_up"] for run in runs),
             "diverged": sum(bool(run.get("diverged")) for run in runs),
         }
-    return {"label": row.label, "settings": row.settings.name, "methods": cells}
+    budgets = {client["target_epsilon"] for run in results[row.name, methods[0].name] for client in run["clients"]}
+    return {"label": row.label, "settings": row.settings.name, "target_epsilon": max(budgets), "methods": cells}
 
 
-def _accuracies(runs: list[dict[str, Any]], of: str = "") -> list[float]:
-    return [100 * (run[of] if of else run)["accuracy"] for run in runs]
+def _qualities(table: Table, runs: list[dict[str, Any]], of: str = "") -> list[float]:
+    return [100 * (run[of] if of else run)[table.quality] for run in runs]
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -103,11 +106,12 @@ def _largest_share(runs: list[dict[str, Any]]) -> float | None:
 def markdown(found: Mapping[str, Any]) -> str:
     """Write a summary as a table for people: methods side by side, or one below the other if they are many."""
     across = len(found["rows"][0]["methods"]) <= _MOST_ACROSS
-    columns, lines = _across(found["rows"]) if across else _down(found["rows"])
+    quality = QUALITIES[found["quality"]]
+    columns, lines = _across(found["rows"]) if across else _down(found["rows"], quality)
     count = len(found["seeds"])
     return "\n".join(
         [
-            f"**{found['title']}** (accuracy on test data in %, last iterate, mean ± standard deviation over {count} "
+            f"**{found['title']}** ({quality} on test data in %, last iterate, mean ± standard deviation over {count} "
             f"seed{'s' if count > 1 else ''}{_about_averages(found)})",
             "",
             *(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines)),
@@ -130,10 +134,10 @@ def _across(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str
     return ["", *headings, *differences, "largest epsilon spent"], lines
 
 
-def _down(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _down(rows: Sequence[Mapping[str, Any]], quality: str) -> tuple[list[str], list[list[str]]]:
     """Headings and lines: one a row and method."""
     first = _heading(next(iter(rows[0]["methods"].values())))
-    columns = ["", "", "accuracy", f"{first} minus it", "sent by all clients, MB", "largest epsilon spent"]
+    columns = ["", "", quality, f"{first} minus it", "sent by all clients, MB", "largest epsilon spent"]
     lines = []
     for row in rows:
         for number, cell in enumerate(row["methods"].values()):

@@ -2,7 +2,8 @@
 
 A table is a list of rows and a list of methods. A row is a settings file that can be run by itself; a method is a
 named set of settings that differ from it, the same in every row, with what was tuned for the method in a row on top.
-The first method is the one that the others are compared with.
+The first method is the one that the others are compared with. The quality that is compared is accuracy, or where
+classes are unequal, the area under the curve.
 
     experiments/ROW.toml            settings of a row
     experiments/methods.toml        methods that any table may name
@@ -20,7 +21,8 @@ from adadpigu_core.exceptions import ConfigurationError
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 _TABLES, _METHODS = EXPERIMENTS / "tables", EXPERIMENTS / "methods.toml"
-_KEYS = {"title", "methods", "rows", "own"}
+QUALITIES = {"accuracy": "accuracy", "area_under_curve": "area under the curve"}
+_KEYS = {"title", "methods", "rows", "own", "quality"}
 _ROW_KEYS = {"label", "settings", "changes"}
 _METHOD_KEYS = {"title", "changes", "private"}
 
@@ -75,6 +77,7 @@ class Table:
         title: For the heading.
         rows: At least one.
         methods: At least one; the first is compared with each of the others.
+        quality: One of ``QUALITIES``.
         changes: Settings that differ from those of all files, as the user wants.
     """
 
@@ -82,6 +85,7 @@ class Table:
     title: str
     rows: tuple[Row, ...]
     methods: tuple[Method, ...]
+    quality: str = "accuracy"
     changes: Mapping[str, Value] = field(default_factory=dict)
 
 
@@ -109,7 +113,10 @@ def load(name: str) -> Table:
     rows = tuple(_row(path, row, {method.name for method in methods}) for row in content["rows"])
     if not methods or not rows:
         raise ConfigurationError(f"{path.name}: a table needs a row and a method")
-    return Table(path.stem, content["title"], rows, methods)
+    quality = content.get("quality", "accuracy")
+    if quality not in QUALITIES:
+        raise ConfigurationError(f"{path.name}: quality: {quality!r} is none of {', '.join(QUALITIES)}")
+    return Table(path.stem, content["title"], rows, methods, quality)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ ordinary weight gradient that it replaces, and as many again for the sum unless 
 and to read P numbers, which takes as long as some 50 multiplications of each. So
 
 * a short cut to the norms is taken wherever a use has one, since it needs less than P for each record;
+* rows and columns in which nothing is retained are left out beforehand, where a use can do that;
 * a gradient is kept if that takes no more memory than inputs and output gradients, which then are forgotten, or if
   there are many positions and enough memory;
 * otherwise inputs and output gradients stay, and the sum is one product at the end.
@@ -60,6 +61,7 @@ class Finished:
         squared_norms: Of all records.
         kept: g_i - a, [n, P] in the order of the use; None if there was no room.
         use: What to make the sum from, and what knows the order of ``kept``.
+        smaller: Whether norms, ``kept`` and ``use`` are those of the block's part.
     """
 
     start: int
@@ -67,6 +69,7 @@ class Finished:
     squared_norms: SquaredNorms
     kept: Tensor | None
     use: Use
+    smaller: bool
 
     @property
     def stop(self) -> int:
@@ -81,18 +84,28 @@ class Finished:
             total: Sum so far.
             first: There is none so far; what ``total`` holds does not count.
         """
-        shape = tuple(self.block.inverse_scale.shape)
-        target = total[self.start : self.stop].view(shape)
+        target = total[self.start : self.stop].view(self.block.inverse_scale.shape)
+        if not self.smaller:
+            self._add(factors, self.block, target, first=first)
+            return
+        assert self.block.part is not None  # noqa: S101  # where else would something smaller come from
+        if first:
+            target.zero_()
+        part = torch.empty_like(self.block.smaller.inverse_scale)
+        self._add(factors, self.block.smaller, part, first=True)
+        self.block.part.add(part, target)
+
+    def _add(self, factors: Factors, block: Block, target: Tensor, *, first: bool) -> None:
         if self.kept is not None:
-            added = self.use.restored(factors.values @ factors.clean(self.kept), shape)
+            added = self.use.restored(factors.values @ factors.clean(self.kept), tuple(target.shape))
             target.copy_(added) if first else target.add_(added)
             return
         if first:
             self.use.set_weighted_sum(factors, target)
         else:
             self.use.add_weighted_sum(factors, target)
-        if self.block.mean is not None:
-            target -= factors.values.sum() * self.block.mean
+        if block.mean is not None:
+            target -= factors.values.sum() * block.mean
 
 
 def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) -> Finished:
@@ -105,9 +118,17 @@ def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) 
         workspace: Where gradients may be kept.
     """
     use = _one(uses, tuple(block.inverse_scale.shape))
+    restricted = None if block.part is None else use.restricted(block.part)
+    if restricted is None:
+        return Finished(start, block, *_measured(start, block, use, workspace), smaller=False)
+    return Finished(start, block, *_measured(start, block.smaller, restricted, workspace), smaller=True)
+
+
+def _measured(start: int, block: Block, use: Use, workspace: Workspace) -> tuple[SquaredNorms, Tensor | None, Use]:
+    """Norms of a block, what is kept of its gradients, and what the sum can be made from."""
     short = use.squared_norms(block)
     if short is not None:
-        return Finished(start, block, short, None, use)
+        return short, None, use
     count, size = use.num_records, block.inverse_scale.numel()
     small = size <= use.held
     kept = workspace.take(start, count, size, always=small) if small or use.positions >= _MANY_POSITIONS else None
@@ -118,7 +139,7 @@ def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) 
     else:
         # the sum adds up the positions in another order than the norm did
         doubt = doubt + 2 * use.positions * UNIT * values
-    return Finished(start, block, SquaredNorms(values, doubt), kept, use)
+    return SquaredNorms(values, doubt), kept, use
 
 
 def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:

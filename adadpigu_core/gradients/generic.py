@@ -4,10 +4,14 @@
 pass then leaves every record's gradient in its copy. This is right for whatever vmap can run, and as slow and large as
 gradients of single records are. It is done for the innermost module that owns the parameter, and the rest of the model
 is recorded as usual.
+
+What such a module is called with is data of records or the same for all of them, and only its length tells. A table
+for 32 positions is as long as a batch of 32 records now and then, and would then be dealt out to them; so it is settled
+beforehand, by the lengths under two sizes of a batch, see `row_arguments`.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -32,29 +36,81 @@ def owner(model: nn.Module, parameter: str) -> str:
     return path
 
 
+RowArguments = Mapping[str, Sequence[Sequence[bool]]]
+"""By path of a module, for each of its calls in a forward pass: whether an argument has as many rows as the batch.
+
+Arguments are counted as torch's pytrees count leaves."""
+
+
+def row_arguments(model: nn.Module, modules: Iterable[str], batches: Sequence[Tensor]) -> RowArguments:
+    """Find what follows the size of a batch in the calls of some modules.
+
+    Args:
+        model: The model.
+        modules: Paths of modules.
+        batches: Batches of different sizes, [n, ...] each, made-up ones.
+
+    Raises:
+        ModelError: A module is called in another way for another batch.
+    """
+    paths = sorted(modules)
+    lengths = {path: [_lengths(model, path, batch) for batch in batches] for path in paths}
+    found = {}
+    for path, seen in lengths.items():
+        if len({tuple(len(call) for call in calls) for calls in seen}) > 1:
+            text = f"module {_shown(path)} is called in another way for another batch; make its calls independent of it"
+            raise ModelError(text, text)
+        found[path] = [
+            [leaf == tuple(len(batch) for batch in batches) for leaf in zip(*call, strict=True)]
+            for call in zip(*seen, strict=True)
+        ]
+    return found
+
+
+def _lengths(model: nn.Module, path: str, batch: Tensor) -> list[list[int]]:
+    """Lengths of what a module is called with, by call; -1 for what has none."""
+    calls: list[list[int]] = []
+
+    def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves = pytree.tree_leaves((args, kwargs))
+        calls.append([len(leaf) if isinstance(leaf, Tensor) and leaf.dim() > 0 else -1 for leaf in leaves])
+
+    hook = model.get_submodule(path).register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(batch)
+    finally:
+        hook.remove()
+    return calls
+
+
+def _shown(path: str) -> str:
+    return path or "(the model itself)"
+
+
 class Copies:
     """Copies of the parameters of some modules, one a record.
 
     Args:
         model: The model.
-        modules: Paths of the modules.
+        modules: Paths of the modules, and what they are called with.
         recorder: That watches the rest.
     """
 
-    def __init__(self, model: nn.Module, modules: frozenset[str], recorder: Recorder) -> None:
+    def __init__(self, model: nn.Module, modules: RowArguments, recorder: Recorder) -> None:
         self._recorder = recorder
         self._copies: list[tuple[Tracked, Tensor]] = []
-        self._modules = {path: model.get_submodule(path) for path in sorted(modules)}
+        self._modules = {path: (model.get_submodule(path), iter(calls)) for path, calls in modules.items()}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the modules call themselves with copies, inside this block only."""
         try:
-            for path, module in self._modules.items():
-                module.forward = partial(self._call, path, module)
+            for path, (module, calls) in self._modules.items():
+                module.forward = partial(self._call, path, module, calls)
             yield
         finally:
-            for module in self._modules.values():
+            for module, _ in self._modules.values():
                 module.__dict__.pop("forward", None)
 
     def collect(self) -> None:
@@ -63,7 +119,7 @@ class Copies:
             if copy.grad is not None:
                 self._recorder.add(tracked, Dense(copy.grad.detach()))
 
-    def _call(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, path: str, module: nn.Module, calls: Iterator[Sequence[bool]], *args: Any, **kwargs: Any) -> Any:
         recorder = self._recorder
         original = module.__dict__.pop("forward")
         recorder.paused = True
@@ -71,10 +127,10 @@ class Copies:
             with warnings.catch_warnings():
                 # where torch has no rule for many records at once it takes one after the other: slow, but right
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                return self._vectorised(module, args, kwargs)
+                return self._vectorised(module, next(calls, ()), args, kwargs)
         except (RuntimeError, ValueError) as error:
             text = (
-                f"module {path or '(the model itself)'} is a {type(module).__name__}, whose gradients of single "
+                f"module {_shown(path)} is a {type(module).__name__}, whose gradients of single "
                 f"records can be computed neither by a rule nor by torch.func; replace it, or register a rule"
             )
             raise ModelError(f"{text} ({error})", text) from error
@@ -82,17 +138,18 @@ class Copies:
             recorder.paused = False
             module.forward = original
 
-    def _vectorised(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _vectorised(
+        self, module: nn.Module, of_rows: Sequence[bool], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         recorder = self._recorder
         names, copies = self._copied(module)
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == recorder.rows for leaf in leaves]
+        if not any(of_rows):
+            raise ValueError("it is not called with the data of records")
         grouped = [
             leaf.unflatten(0, (recorder.num_records, recorder.views)) if is_batched else leaf
-            for leaf, is_batched in zip(leaves, batched, strict=True)
+            for leaf, is_batched in zip(leaves, of_rows, strict=True)
         ]
-        if not any(batched):
-            raise ValueError("it is not called with the data of records")
 
         outside: list[tuple[list[Any], pytree.TreeSpec]] = []  # what vmap does not return: None, and how it is nested
 
@@ -103,7 +160,7 @@ class Copies:
             outside.append(([None if isinstance(value, Tensor) else value for value in values], spec))
             return tuple(value if isinstance(value, Tensor) else torch.zeros(()) for value in values)
 
-        dims = (0, *[0 if is_batched else None for is_batched in batched])
+        dims = (0, *[0 if is_batched else None for is_batched in of_rows])
         found = torch.func.vmap(one, in_dims=dims, randomness="different")(tuple(copies), *grouped)
         others, spec = outside[0]
         values = [

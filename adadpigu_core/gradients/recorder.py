@@ -146,6 +146,7 @@ class Recorder(TorchFunctionMode):
         device = next(iter(parameters.values()))[0].device if parameters else None
         self._anchor = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
         self._expected: Counter[tuple[int, int]] = Counter()
+        self._overlapping: set[tuple[int, int]] | None = None  # not known before all layers have run
         self._held: set[tuple[int, int]] = set()
         self._pending: dict[tuple[int, int], list[Use]] = defaultdict(list)
         self._owners: dict[tuple[int, int], Tracked] = {}
@@ -251,6 +252,7 @@ class Recorder(TorchFunctionMode):
             if argument.tracked is not None:
                 run = argument.tracked.run
                 self._expected[run] += 1
+                self._overlapping = None
                 self._owners[run] = argument.tracked
         output = cast(Tensor, _Record.apply(self._anchor, x, layer, self))
         self.activations += output.numel() + (0 if x is None else x.numel())
@@ -277,8 +279,15 @@ class Recorder(TorchFunctionMode):
 
     def _overlaps(self, run: tuple[int, int]) -> bool:
         """Whether a parameter is used as a whole and in part."""
-        start, size = run
-        return any(other != run and other[0] < start + size and start < other[0] + other[1] for other in self._expected)
+        if self._overlapping is None:
+            self._overlapping = set()
+            before, end = run, 0
+            for other in sorted(self._expected):
+                if other[0] < end:
+                    self._overlapping |= {before, other}
+                if sum(other) >= end:
+                    before, end = other, sum(other)
+        return run in self._overlapping
 
     def rest(self) -> list[tuple[Tracked, list[Use]]]:
         """Parameters that could not be finished during the backward pass, with all their uses."""

@@ -6,6 +6,7 @@ records as a sentence has words would be clipped wrongly. Then the outputs of th
 a gradient that arrives in another record's place belongs to a model that mixes or moves records.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -13,12 +14,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients.clipping import Augmentation
-from adadpigu_core.gradients.generic import Copies, owner
+from adadpigu_core.gradients.generic import Copies, RowArguments, owner, row_arguments
 from adadpigu_core.gradients.recorder import Recorder, Tracked, UnsupportedUseError, differentiate
 from adadpigu_core.gradients.uses import Use
 from adadpigu_core.models import check_private
@@ -26,6 +28,7 @@ from adadpigu_core.parameters import ParameterLayout
 
 _BYTES = 4
 _COPIES_OF_ACTIVATIONS = 2  # inputs and outputs of layers, and as much again for gradients
+_COPIES_OF_LARGEST = 3  # beside what a graph holds, while it is differentiated
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,11 @@ class Survey:
     """What was found.
 
     Args:
-        without_rule: Paths of modules that are called with copies of their parameters.
+        without_rule: Modules that are called with copies of their parameters.
         bytes_per_record: Estimate of what one record takes in a physical batch.
     """
 
-    without_rule: frozenset[str]
+    without_rule: RowArguments
     bytes_per_record: int
 
 
@@ -69,24 +72,75 @@ def survey(model: nn.Module, records: Records, augmentation: Augmentation | None
 def _look(
     model: nn.Module, layout: ParameterLayout, shape: tuple[int, ...], augmentation: Augmentation | None
 ) -> Survey:
-    without_rule: frozenset[str] = frozenset()
-    activations = 0
-    for count in (2, 3):
-        features = torch.rand(count, *shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-        while True:
-            try:
-                activations = _try(model, layout, features, augmentation, without_rule)
-                break
-            except UnsupportedUseError as error:
-                without_rule = _with(model, without_rule, error)
+    made_up = [
+        torch.rand(count, *shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0)) for count in (2, 3)
+    ]
+    modules: frozenset[str] = frozenset()
+    while True:
+        without_rule = _rows_of(model, modules, made_up, augmentation)
+        try:
+            held = [_try(model, layout, features, augmentation, without_rule) for features in made_up][-1]
+            break
+        except UnsupportedUseError as error:
+            modules = _with(model, modules, error)
     copied = sum(
         parameter.numel()
-        for path in without_rule
+        for path in modules
         for parameter in model.get_submodule(path).parameters()
         if parameter.requires_grad
     )
-    floats = _COPIES_OF_ACTIVATIONS * activations // 3 + 3 * copied
-    return Survey(without_rule, max(1, _BYTES * floats))
+    of_layers = _BYTES * _COPIES_OF_ACTIVATIONS * held.activations
+    of_graph = held.saved + _COPIES_OF_LARGEST * held.largest
+    return Survey(without_rule, max(1, max(of_layers, of_graph) // len(made_up[-1]) + 3 * _BYTES * copied))
+
+
+def _views(features: Tensor, augmentation: Augmentation | None, device: torch.device) -> Tensor:
+    features = features.to(device)
+    return features.unsqueeze(1) if augmentation is None else augmentation(features)
+
+
+def _rows_of(
+    model: nn.Module, modules: frozenset[str], made_up: Sequence[Tensor], augmentation: Augmentation | None
+) -> RowArguments:
+    """Find what modules are called with that has one row a record and view."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        batches = [_views(features, augmentation, device).flatten(0, 1) for features in made_up]
+        return row_arguments(model, modules, batches)
+
+
+class _Held:
+    """What a forward pass leaves behind for the backward pass.
+
+    Args:
+        model: Its parameters and buffers do not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.activations = 0
+        """Floats in the inputs and outputs of layers with parameters."""
+        self._lasting = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def saved(self) -> int:
+        """Bytes that the graph holds."""
+        return sum(self._sizes.values())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor among these."""
+        return max(self._sizes.values(), default=0)
+
+    def count(self, tensor: Tensor) -> Tensor:
+        """Count what is saved, each storage once."""
+        if _storage(tensor) not in self._lasting:
+            self._sizes[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _try(
@@ -94,9 +148,9 @@ def _try(
     layout: ParameterLayout,
     features: Tensor,
     augmentation: Augmentation | None,
-    without_rule: frozenset[str],
-) -> int:
-    """Run a model on made-up records; give the number of floats that its layers hold."""
+    without_rule: RowArguments,
+) -> _Held:
+    """Run a model on made-up records; give what it holds of them."""
     named = dict(model.named_parameters())
     parameters, start = {}, 0
     for name, size in zip(layout.names, layout.sizes, strict=True):
@@ -106,11 +160,13 @@ def _try(
     devices = [device] if device.type == "cuda" else []
     kept = [(parameter, parameter.grad) for parameter, _ in parameters.values()]
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        views = features.to(device).unsqueeze(1) if augmentation is None else augmentation(features.to(device))
+        views = _views(features, augmentation, device)
         recorder = Recorder(parameters, len(features), views.shape[1], _require_isolation)
         copies = Copies(model, without_rule, recorder)
-        with copies.in_place(), recorder:
+        held = _Held(model)
+        with copies.in_place(), recorder, saved_tensors_hooks(held.count, lambda tensor: tensor):
             outputs = model(views.flatten(0, 1))
+        held.activations = recorder.activations
         try:
             _differentiate_first(model, outputs, views.shape[1])
             copies.collect()
@@ -119,7 +175,7 @@ def _try(
         finally:
             for parameter, gradient in kept:
                 parameter.grad = gradient
-    return recorder.activations
+    return held
 
 
 def _differentiate_first(model: nn.Module, outputs: Any, views: int) -> None:

@@ -7,8 +7,10 @@ A block is a run of coordinates that is handled at once: a parameter, or some ro
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,52 @@ _SMALLEST_SCALE = 1e-12
 _LARGEST_SCALE = 1e12
 
 
+# Copies of rows and columns pay where they save at least so much.
+_WORTH_LEAVING_OUT = 1 / 8
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows and columns of a matrix, or of filters, outside of which nothing is retained.
+
+    Args:
+        rows: Indices in the first dimension, int64; None = all.
+        columns: In the second; None = all.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor, device: torch.device) -> "Part | None":
+        """Find them for a mask, bool [rows, columns, ...]; None where they are nearly everything."""
+        if mask.dim() < 2:
+            return None
+        flat = mask.flatten(2).numpy().any(2) if mask.dim() > 2 else mask.numpy()  # far faster than torch at this
+        rows, columns = (
+            torch.from_numpy(np.flatnonzero(retained)) for retained in (np.any(flat, axis=1), np.any(flat, axis=0))
+        )
+        if len(rows) * len(columns) > (1 - _WORTH_LEAVING_OUT) * flat.size:
+            return None
+        return cls(
+            None if len(rows) == flat.shape[0] else rows.to(device),
+            None if len(columns) == flat.shape[1] else columns.to(device),
+        )
+
+    def take(self, values: Tensor) -> Tensor:
+        """Copy the part of [rows, columns, ...]."""
+        values = values if self.rows is None else values.index_select(0, self.rows)
+        return values if self.columns is None else values.index_select(1, self.columns)
+
+    def add(self, values: Tensor, whole: Tensor) -> None:
+        """Add [rows, columns, ...] of the part to the whole."""
+        if self.rows is None or self.columns is None:
+            dimension, indices = (1, self.columns) if self.rows is None else (0, self.rows)
+            whole.index_add_(dimension, cast(Tensor, indices), values)
+        else:
+            whole[self.rows.unsqueeze(1), self.columns] += values
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """Standardisation of a run of coordinates.
@@ -27,10 +75,18 @@ class Block:
     Args:
         inverse_scale: V = m / b, float32 of the block's shape; zero where the mask is False.
         mean: a, float32 of the same shape; None where it is zero.
+        part: Where anything is retained, if that is not nearly everywhere.
     """
 
     inverse_scale: Tensor
     mean: Tensor | None
+    part: Part | None = None
+
+    @cached_property
+    def smaller(self) -> "Block":
+        """The block of the part alone."""
+        assert self.part is not None  # noqa: S101  # callers have looked
+        return Block(self.part.take(self.inverse_scale), None if self.mean is None else self.part.take(self.mean))
 
     @cached_property
     def offset(self) -> Tensor:
@@ -110,7 +166,8 @@ class Transform:
         if (start, shape) not in self._blocks:
             stop = start + torch.Size(shape).numel()
             mean = None if self.mean is None else self.mean[start:stop].view(shape)
-            self._blocks[start, shape] = Block(self.inverse_scale[start:stop].view(shape), mean)
+            part = Part.of(self.mask[start:stop].view(shape), self.inverse_scale.device)
+            self._blocks[start, shape] = Block(self.inverse_scale[start:stop].view(shape), mean, part)
         return self._blocks[start, shape]
 
     def retains(self, start: int, size: int) -> bool:

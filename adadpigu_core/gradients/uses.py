@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adadpigu_core.gradients.transform import Block
+from adadpigu_core.gradients.transform import Block, Part
 
 UNIT = 2.0**-24  # rounding error of float32
 _CACHED_FLOATS = 250_000  # 1 MB
@@ -93,6 +93,10 @@ class Use(ABC):
         """A cheaper way to the norms than through ``gradients``, if there is one."""
         return None
 
+    def restricted(self, part: Part) -> "Use | None":
+        """The same use of some rows and columns of the parameter only, if that is less work."""
+        return None
+
     @abstractmethod
     def forget(self) -> None:
         """Let go of what gradients are made from, once they are kept elsewhere."""
@@ -163,6 +167,12 @@ class Product(Use):
     def forget(self) -> None:
         """Let go of inputs and output gradients."""
         self.inputs = self.errors = self.inputs.new_empty(0)
+
+    def restricted(self, part: Part) -> "Product":
+        """Some outputs and some inputs."""
+        errors = self.errors if part.rows is None else self.errors.index_select(2, part.rows)
+        inputs = self.inputs if part.columns is None else self.inputs.index_select(2, part.columns)
+        return type(self)(inputs, errors)
 
     @staticmethod
     def joined(uses: "Sequence[Product]") -> "Product":

@@ -54,12 +54,16 @@ def step(
     least_s: Annotated[
         float, typer.Option(help="Repeat more often until a network has taken this long, in seconds.")
     ] = _DEFAULTS.least_s,
+    views: Annotated[
+        int, typer.Option(help="Views of each record, averaged before clipping; plain steps take as many rows.")
+    ] = _DEFAULTS.views,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures.")] = None,
 ) -> None:
     """Measure steps and print tables."""
     try:
         chosen = METHODS if methods is None else _split(methods)
-        plan = Plan(_split(models), chosen, batch, repetitions, retention, device, threads, limit_s, limit_gb, least_s)
+        limits = limit_s, limit_gb, least_s
+        plan = Plan(_split(models), chosen, batch, repetitions, retention, device, threads, *limits, views)
         if methods is not None and set(plan.methods) & set(OPACUS) and not has_opacus():
             raise ConfigurationError(f"--methods: {HOW_TO_GET_OPACUS}")
         _step(plan, json_file)

@@ -39,6 +39,7 @@ class Trained:
     model: nn.Module
     records: Records
     standardisation: Standardisation
+    views: int = 1
 
     @classmethod
     def of(cls, task: Task, *, batch: int) -> "Trained":
@@ -49,7 +50,18 @@ class Trained:
         scale = expand(torch.linspace(0.5, 1.5, len(layout.names)), layout, "layer")
         standardisation = Standardisation(mask_of(ranking, task.retention), torch.zeros_like(scale), scale)
         moved = Records(records.features.to(task.device), records.labels.to(task.device))
-        return cls(model.to(task.device), moved, standardisation)
+        return cls(model.to(task.device), moved, standardisation, task.views)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An augmentation that costs nothing itself: so many times the same view."""
+
+    views: int
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Map features [n, ...] to [n, views, ...]."""
+        return features.unsqueeze(1).expand(-1, self.views, *features.shape[1:])
 
 
 def kept_gb(task: Task) -> float:
@@ -85,7 +97,10 @@ def make_step(task: Task, trained: Trained) -> Step:
 
 
 def _plain(trained: Trained, layout: Layout) -> Step:
-    model, records = trained.model, trained.records
+    model, views = trained.model, trained.views
+    records = Records(
+        *(values.repeat_interleave(views, 0) for values in (trained.records.features, trained.records.labels))
+    )
     if layout.channels_last:
         model.to(memory_format=torch.channels_last)
         records = replace(records, features=records.features.contiguous(memory_format=torch.channels_last))
@@ -108,10 +123,19 @@ def _private(trained: Trained, randomness: Randomness) -> Step:
     model, given = trained.model, trained.standardisation
     mechanism = Mechanism(TRAINING, CLIPPING_NORM, NOISE_MULTIPLIER, 1.0, len(trained.records))
     statistics = FixedStatistics(given.mean, given.scale)
+    augmentation = Repeated(trained.views) if trained.views > 1 else None
 
     def step() -> None:
         release, _, _ = private_step(
-            model, cross_entropy, trained.records, mechanism, given.mask, statistics, randomness, lambda _: None
+            model,
+            cross_entropy,
+            trained.records,
+            mechanism,
+            given.mask,
+            statistics,
+            randomness,
+            lambda _: None,
+            augmentation=augmentation,
         )
         descend(model, release.gradient, LEARNING_RATE)
 

@@ -82,6 +82,7 @@ class Task:
         device: ``cpu`` or a CUDA device.
         threads: Of torch.
         limit_gb: Most memory that per-record gradients may take, in GB.
+        views: Rows that are computed for each record; a private step averages their gradients before it clips.
     """
 
     model: str
@@ -92,6 +93,7 @@ class Task:
     device: str
     threads: int
     limit_gb: float
+    views: int = 1
 
     @property
     def name(self) -> str:
@@ -114,6 +116,7 @@ class Plan:
         threads: Of torch, at least 1.
         limit_s: A method is left out once a step takes longer, in seconds.
         limit_gb: A method is left out if the gradients that it keeps would take more memory, in GB.
+        views: Views of each record, at least 1. Opacus has none: with several its methods are left out.
 
     Raises:
         ConfigurationError: A value is unknown or out of range.
@@ -129,13 +132,14 @@ class Plan:
     limit_s: float = 120.0
     limit_gb: float = 10.0
     least_s: float = 30.0
+    views: int = 1
 
     def __post_init__(self) -> None:
         _check_names("--models", self.models, MODELS)
         _check_names("--methods", self.methods, METHODS)
-        for key, number in (("batch", self.batch), ("repetitions", self.repetitions), ("threads", self.threads)):
-            if number < 1:
-                raise ConfigurationError(f"--{key}: must be at least 1, got {number}")
+        for key in ("batch", "repetitions", "threads", "views"):
+            if getattr(self, key) < 1:
+                raise ConfigurationError(f"--{key}: must be at least 1, got {getattr(self, key)}")
         if not 0 < self.retention <= 1:
             raise ConfigurationError(f"--retention: must be in (0, 1], got {self.retention:g}")
         if not self.least_s >= 0:
@@ -148,16 +152,19 @@ class Plan:
     def tasks(self, model: str) -> list[Task]:
         """Give what is measured on a network, plain steps first, the default layout before the others."""
         methods = [(PLAIN, layout) for layout in _layouts(model, self.batch)]
-        methods += [(method, Layout()) for method in METHODS if method in self.methods and method != PLAIN]
+        left_out = {PLAIN, *(OPACUS if self.views > 1 else ())}
+        methods += [(method, Layout()) for method in METHODS if method in self.methods and method not in left_out]
         return [
-            Task(model, method, layout, self.batch, self.retention, self.device, self.threads, self.limit_gb)
+            Task(
+                model, method, layout, self.batch, self.retention, self.device, self.threads, self.limit_gb, self.views
+            )
             for method, layout in methods
         ]
 
     @property
     def bounds_apply(self) -> bool:
         """Whether this is the batch and the number of threads that ``BOUNDS`` are for."""
-        return self.batch == BOUNDS_BATCH and self.threads == BOUNDS_THREADS
+        return self.batch == BOUNDS_BATCH and self.threads == BOUNDS_THREADS and self.views == 1
 
 
 def has_opacus() -> bool:

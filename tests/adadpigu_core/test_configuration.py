@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import adadpigu_core.configuration as module
 from adadpigu_core import settings_file
-from adadpigu_core.configuration import Configuration, flatten, parse, run_folder, to_toml
+from adadpigu_core.configuration import Configuration, flatten, parse, to_toml
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.home import run_folder
 from adadpigu_core.messages import MOST_STEPS, printable
 from adadpigu_core.settings_file import read_toml
 
@@ -63,6 +64,8 @@ def configurations(draw):
         flat["pretraining.ranking"] = "random"
         if flat.get("method") == "paper":  # it ranks by what pretraining finds, and needs some
             del flat["method"]
+    if flat.get("pretraining.ranking", "consensus") != "consensus":
+        flat["retention.rerank-every"] = 0
     if flat.get("training.augmentation", "none") == "none":
         flat["training.views"] = 1
     else:
@@ -200,6 +203,20 @@ class TestContradictions:
         assert [line.split(":")[0] for line in problems(flat)] == ["pretraining.round-share"]
         assert problems({**flat, "pretraining.ranking": "random"}) == []
         assert problems({**flat, "retention.initial-ratio": 1.0}) == []
+        anew = {**flat, "retention.rerank-every": 10, "federation.num-rounds": 11}
+        assert problems(anew) == []
+        (never,) = problems({**anew, "federation.num-rounds": 10})
+        assert "retention.rerank-every below federation.num-rounds" in never
+
+    @pytest.mark.parametrize("ranking", ["local", "random", "public", "oracle"])
+    def test_only_a_consensus_is_ranked_anew(self, ranking):
+        flat = {"pretraining.ranking": ranking, "retention.rerank-every": 5}
+        (found,) = problems(flat)
+        assert found.startswith(f"retention.rerank-every: needs pretraining.ranking = consensus, not {ranking}; ")
+        assert found.endswith("rerank-every = 0")
+        assert problems({**flat, "pretraining.ranking": "consensus"}) == []
+        assert problems({**flat, "retention.rerank-every": 0}) == []
+        assert problems({**flat, "method": "paper"}) == []
 
     def test_a_plan_has_an_end(self):
         flat = {"federation.num-rounds": MOST_STEPS, "federation.local-steps": 2}

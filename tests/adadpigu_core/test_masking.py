@@ -92,6 +92,24 @@ def test_packing_loses_nothing(flags):
     assert torch.equal(unpack(bits, len(flags)), mask)
 
 
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=40), st.data())
+def test_a_mask_of_groups_takes_a_bit_a_group(sizes, data):
+    group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[torch.randperm(sum(sizes))]
+    flags = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)).filter(any))
+    mask = torch.tensor(flags)[group]
+    bits = pack(mask, group)
+    assert bits.shape == (-(-len(sizes) // 8),)
+    assert torch.equal(unpack(bits, len(sizes), group), mask)
+
+
+def test_bits_for_another_number_of_groups_are_refused():
+    group = torch.arange(20) // 10
+    with pytest.raises(MessageError, match="does not hold 2 groups"):
+        unpack(np.array([255, 128], dtype=np.uint8), 2, group)
+    with pytest.raises(MessageError, match="between 1 and 2 groups"):
+        unpack(np.array([0b00100000], dtype=np.uint8), 2, group)
+
+
 @pytest.mark.parametrize(
     ("bits", "num_parameters"),
     [

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adadpigu_core.exceptions import MessageError
-from adadpigu_core.messages import Refusal, Wire, decode, encode, printable
+from adadpigu_core.messages import Refusal, Wire, decode, encode
+from adadpigu_core.printable import printable
 
 
 def events(n):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from adadpigu_core.accounting import Event
 from adadpigu_core.adaptive_clipping import GRANULARITIES, RULES, AdaptiveClipping
 from adadpigu_core.exceptions import MessageError
+from adadpigu_core.masking import RETAINED_AS
 from adadpigu_core.messages import (
     MOST_STEPS,
     DescribeRequest,
@@ -129,6 +130,7 @@ STRATEGIES = {
             steps=st.integers(1, 2**62),
             learning_rate=positive,
             importance_measure=words,
+            mask_granularity=st.sampled_from(RETAINED_AS),
         )
     ),
     TrainReply: st.builds(

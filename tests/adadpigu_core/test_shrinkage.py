@@ -77,9 +77,9 @@ def test_a_hard_mask_is_the_limit():
 def test_frozen_coordinates_teach_nothing():
     mask = torch.arange(D) < 300
     known = learnt("drift", "coordinate", torch.ones(D), 3, mask=mask)
-    assert known.total[~mask].abs().sum() == 0
-    assert known.rounds[~mask].sum() == 0
-    assert bool((known.rounds[mask] == 3).all())
+    assert known.drift.total[~mask].abs().sum() == 0
+    assert known.drift.rounds[~mask].sum() == 0
+    assert bool((known.drift.rounds[mask] == 3).all())
 
 
 @pytest.mark.parametrize("rule", ["energy", "drift"])

@@ -216,6 +216,20 @@ class TestRelease:
         refused(described.train(round=4, mask_id=named["mask_id"]), "unknown-mask")
         assert described.charged() == before
 
+    @pytest.mark.parametrize("granularity", ["row", "column"])
+    def test_a_mask_may_be_one_of_rows_or_columns(self, described, granularity):
+        weight = torch.zeros(3, 4, dtype=torch.bool)
+        weight[(1, slice(None)) if granularity == "row" else (slice(None), 1)] = True
+        mask = torch.cat([weight.flatten(), torch.zeros(3, dtype=torch.bool)])
+        named = {"mask": np.array([0b01000000], np.uint8), "mask_id": masking.fingerprint(mask)}
+        reply = described.train(**named, mask_granularity=granularity)
+        assert len(reply.update) == int(mask.sum())
+        assert len(described.train(round=2, mask_id=named["mask_id"]).update) == int(mask.sum())
+        before = described.charged()
+        refused(described.train(round=3, **named), "message")  # the same bits for single coordinates
+        refused(described.train(round=3, **named, mask_granularity="layer"), "message")
+        assert described.charged() == before
+
     def test_stops_at_the_budget(self, described):
         replies = [described.train(round=number) for number in range(1, 8)]
         kinds = [type(reply) for reply in replies]

@@ -23,6 +23,8 @@ VARIANTS = {
     "scores of single releases": {"pretraining.measure": "energy"},
     "local ranking": {"pretraining.ranking": "local"},
     "ranking by drawings": {"pretraining.ranking": "public", "pretraining.round-share": 0},
+    "ranked anew": {"retention.rerank-every": 1, "retention.schedule": "constant"},
+    "ranked by training alone": {"retention.rerank-every": 2, "pretraining.round-share": 0},
     "random ranking": {"pretraining.ranking": "random"},
     "random ranking without pretraining": {"pretraining.ranking": "random", "pretraining.round-share": 0},
     "the paper's rules": {"adaptive-clipping.rule": "paper", "pretraining.measure": "magnitude"},

@@ -16,6 +16,7 @@ from adadpigu_core import masking
 from adadpigu_core.accounting import Event
 from adadpigu_core.configuration import flatten as flat_settings
 from adadpigu_core.configuration import parse
+from adadpigu_core.grouping import shared
 from adadpigu_core.messages import (
     DescribeRequest,
     Description,
@@ -116,7 +117,9 @@ class ScriptedClient:
         if number:
             self.requests.append(request)
             if request.mask is not None:
-                self.masks[request.mask_id] = masking.unpack(request.mask, D).numpy()
+                group = shared(LAYOUT, request.mask_granularity)
+                count = D if group is None else int(group.max()) + 1
+                self.masks[request.mask_id] = masking.unpack(request.mask, count, group).numpy()
         if number in self.script:
             return self.script[number](self, request)
         return self.release(request) if number else self.description()

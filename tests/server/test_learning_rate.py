@@ -39,7 +39,13 @@ def test_where_outputs_hardly_feel_it_noise_may_move_the_weights_further():
     assert rate(gain=12.6) == rate()
     assert rate(gain=6.25) == pytest.approx(2 * rate())
     assert rate(gain=0.0) == rate()
-    assert rate(gain=1e-9) == pytest.approx(0.6)
+
+
+def test_where_outputs_hardly_follow_the_weights_a_step_may_be_longer():
+    quiet = [client(noise=0.1, records=10**7)]
+    assert rate(quiet, gain=10.0) == pytest.approx(0.6)
+    assert rate(quiet, gain=2.5) == pytest.approx(0.8)
+    assert rate(quiet, gain=1.0) == rate(quiet, gain=1e-9) == pytest.approx(2.0)
 
 
 class TestOutputGain:

@@ -84,8 +84,8 @@ class TestShrinkage:
         federation.run()
         arrays, values = seen[2]
         resumed = kit.Federation([kit.Client()], checkpoint=(arrays, values), shrinkage__rule="drift")
-        assert torch.equal(resumed.state.shrinkage.total, torch.from_numpy(arrays["shrinkage.total"]))
-        assert resumed.state.shrinkage.rounds.max() == 2  # the first of three rounds was pretraining
+        assert torch.equal(resumed.state.shrinkage.drift.total, torch.from_numpy(arrays["shrinkage.total"]))
+        assert resumed.state.shrinkage.drift.rounds.max() == 2  # the first of three rounds was pretraining
 
     def test_without_it_the_checkpoint_is_what_it_was(self, kit):
         arrays, _ = kit.Federation([kit.Client()]).state.dump()

@@ -57,6 +57,29 @@ class TestStep:
         server.step(torch.zeros(4), EVERYTHING, 3)
         assert bool((server.weights != before).all())
 
+    def test_what_comes_back_is_moved_by_a_memory_that_has_faded(self):
+        """Left out for three rounds: a direction of 1 counts an eighth of what it did when it was left out."""
+        server, without_first = optimiser(momentum=0.5), torch.tensor([False, True, True, True])
+        server.step(torch.ones(4), EVERYTHING, 1)
+        for number in (2, 3, 4):
+            server.step(torch.tensor([0.0, 1.0, 1.0, 1.0]), without_first, number)
+        assert server.weights[0] == 1.0
+        server.step(torch.tensor([3.0, 1.0, 1.0, 1.0]), EVERYTHING, 5)
+        assert server.weights[0] == 1.0 + 3.0 + 0.5**4
+
+    def test_adam_moves_what_comes_back_no_further_than_its_rate(self):
+        server, without_first = (
+            optimiser(name="adam", server_learning_rate=0.1),
+            torch.tensor([False, True, True, True]),
+        )
+        server.step(torch.ones(4), EVERYTHING, 1)
+        before = server.weights[0]
+        for number in range(2, 200):
+            server.step(torch.tensor([0.0, 1.0, 1.0, 1.0]), without_first, number)
+        assert server.weights[0] == before
+        server.step(torch.full((4,), 5.0), EVERYTHING, 200)
+        assert 0 < server.weights[0] - before < 0.12
+
     def test_weights_are_a_copy(self):
         server = optimiser()
         server.weights.fill_(9)

@@ -80,6 +80,55 @@ class TestSchedule:
         assert (schedule.phase(1), schedule.ratio(1)) == ("training", 1.0)
 
 
+class TestReranking:
+    def test_is_due_after_every_so_many_rounds_of_training(self):
+        schedule = plan(pretraining__round_share=0.3, retention__rerank_every=2)
+        assert [number for number in range(1, 11) if schedule.reranks(number)] == [6, 8, 10]
+        schedule = plan(pretraining__round_share=0.0, retention__rerank_every=3)
+        assert [number for number in range(1, 11) if schedule.reranks(number)] == [4, 7, 10]
+        assert not any(plan().reranks(number) for number in range(1, 11))
+
+    @given(st.integers(0, 12), st.floats(0, 0.9), st.integers(2, 30))
+    def test_never_in_pretraining_nor_before_anything_was_trained(self, every, share, rounds):
+        schedule = plan(
+            federation__num_rounds=rounds,
+            pretraining__round_share=share,
+            retention__rerank_every=every,
+            retention__initial_ratio=1.0,
+        )
+        trained = 0
+        for number in range(1, rounds + 1):
+            training = schedule.phase(number) == "training"
+            due = training and every > 0 and trained > 0 and trained % every == 0
+            assert schedule.reranks(number) == due
+            trained += training
+
+    def test_without_pretraining_the_schedule_begins_with_the_first_ranking(self):
+        settings = {"pretraining__round_share": 0.0, "retention__initial_ratio": 0.6, "retention__period": 0.5}
+        schedule = plan(**settings, retention__rerank_every=2)
+        # ranked from round 3 on; half of the seven steps from there is three and a half
+        grown = [0.6 + 0.4 * min(1, step / 3.5) for step in range(8)]
+        assert ratios(schedule) == pytest.approx([1.0, 1.0, *grown])
+
+    def test_with_pretraining_the_share_is_what_it_was(self):
+        assert ratios(plan(retention__rerank_every=2)) == ratios(plan())
+
+    def test_scores_replace_what_pretraining_has_found(self):
+        importance = Importance("consensus", 4, seed=0, signed=True)
+        importance.add("a", torch.tensor([-9.0, 1.0, 0.0, 2.0]), 1.0)
+        assert importance.mask("a", 0.5).tolist() == [True, False, False, True]
+        importance.rerank(torch.tensor([-9.0, 0.1, 0.0, -1.0]))
+        importance.add("a", torch.tensor([9.0, 0.0, 0.0, 0.0]), 1.0)
+        assert importance.mask("a", 0.5).tolist() == [False, True, True, False]
+        importance.rerank(torch.tensor([0.0, 0.0, 1.0, 2.0]))
+        assert importance.mask("b", 0.5).tolist() == [False, False, True, True]
+
+    def test_groups_are_ranked_by_their_mean(self):
+        importance = Importance("consensus", 4, seed=0, group=torch.tensor([0, 1, 0, 1]))
+        importance.rerank(torch.tensor([3.0, 2.0, -2.0, 1.0]))
+        assert importance.mask("a", 0.5).tolist() == [False, True, False, True]
+
+
 class TestConsensus:
     def test_scores_are_added_up_with_weights_and_ranked_once(self):
         importance = Importance("consensus", 4, seed=0)

@@ -42,12 +42,15 @@ SETTINGS = {
     "random": {"pretraining__ranking": "random"},
     "client": {"adaptive_clipping__owner": "client"},
     "paper": {"adaptive_clipping__rule": "paper"},
+    "ranked anew": {"retention__rerank_every": 2, "retention__final_ratio": 0.6, "optimiser__momentum": 0.9},
     "coordinate": {"adaptive_clipping__granularity": "coordinate", "adaptive_clipping__centre": True},
 }
 
 
 class TestResume:
-    @pytest.mark.parametrize(("name", "stop"), [*((name, 3) for name in SETTINGS), ("plain", 1), ("local", 2)])
+    @pytest.mark.parametrize(
+        ("name", "stop"), [*((name, 3) for name in SETTINGS), ("plain", 1), ("local", 2), ("ranked anew", 4)]
+    )
     def test_is_bit_identical(self, kit, name, stop):
         settings = {"federation__num_rounds": 6, "retention__period": 1.0, **SETTINGS[name]}
         whole = kit.Federation(clients(kit), **settings)

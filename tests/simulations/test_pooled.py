@@ -49,6 +49,26 @@ def test_it_learns_and_repeats_itself(settings):
     assert first != run(parse({**settings, "seed": 1}))
 
 
+def test_views_of_a_record_are_drawn():
+    few = {"federation.num-clients": 2, "federation.num-rounds": 2}
+    one = run(parse({**few, "training.views": 1, "training.augmentation": "shifts"}))
+    assert one != run(parse(few))
+    assert one != run(parse({**few, "training.views": 3, "training.augmentation": "shifts"}))
+
+
+def test_it_is_ranked_anew_by_what_training_releases(settings):
+    anew = {**settings, "pretraining.round-share": 0.0, "retention.rerank-every": 3}
+    result = run(parse(anew))
+    assert result["bytes_up"] == 4 * 4 * (3 * 14 + 7 * 7)
+    assert result["accuracy"] > 0.7
+    # from two rounds of pretraining on, what is ranked differs only where rankings do
+    noisy = {**settings, "privacy.target-epsilon": 0.5, "retention.initial-ratio": 0.2}
+    outcomes = {every: run(parse({**noisy, "retention.rerank-every": every})) for every in (0, 1, 8)}
+    assert outcomes[0] == outcomes[8]
+    assert outcomes[0]["bytes_up"] == outcomes[1]["bytes_up"]
+    assert outcomes[0]["area_under_curve"] != outcomes[1]["area_under_curve"]
+
+
 def test_a_rate_that_is_not_set_is_the_one_that_the_federation_would_use(settings, tmp_path):
     assert run(parse(settings))["learning_rate"] == simulated_rate(settings, tmp_path / "run")
     assert run(parse({**settings, "optimiser.local-learning-rate": 0.3}))["learning_rate"] == 0.3

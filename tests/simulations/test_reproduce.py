@@ -194,6 +194,25 @@ def test_what_is_not_private_diverged_or_unbounded_is_marked(small):
     assert "unbounded" in text
 
 
+def test_another_quality_is_compared(small):
+    Path(small).write_text('quality = "area_under_curve"\n' + TABLE)
+    table = tables.load(small)
+    results = {
+        ("small", "adadpigu"): [result(0.9, area_under_curve=0.95)],
+        ("small", "dp-sgd"): [result(0.9, area_under_curve=0.85)],
+    }
+    found = table_report.summary(table, results, 1, {"commit": "c", "cpu": "a CPU", "cores": 2, "gpu": None})
+    assert found["rows"][0]["methods"]["dp-sgd"]["difference"]["mean"] == pytest.approx(10)
+    assert found["rows"][0]["target_epsilon"] == 2
+    assert "area under the curve on test data" in table_report.markdown(found)
+
+
+def test_an_unknown_quality_is_refused(small):
+    Path(small).write_text('quality = "luck"\n' + TABLE)
+    with pytest.raises(ConfigurationError, match="'luck' is none of accuracy, area_under_curve"):
+        tables.load(small)
+
+
 def test_many_methods_stand_one_below_the_other(small):
     names = ["one", "two", "three", "four"]
     own = "".join(f'[own.{name}]\ntitle = "{name}"\nprivate = {str(name != "four").lower()}\n' for name in names)

@@ -43,6 +43,37 @@ def test_every_method_of_a_long_table_is_drawn(tmp_path):
     assert [drawn.count(f"<!-- method-{number} -->") for number in range(13)] == [1] * 13
 
 
+def rows_over_epsilon(tmp_path, **more):
+    rows = [
+        {"label": f"{kind}, epsilon {epsilon}", "methods": {"one": cell("mask", 70.0 + epsilon, 1e6)}, **more}
+        | {"target_epsilon": float(epsilon)}
+        for kind in ("IID", "Dirichlet 0.5")
+        for epsilon in (8, 1, 2)
+    ]
+    path = tmp_path / "over.json"
+    path.write_text(json.dumps({"title": "Over epsilon", "quality": "area_under_curve", "rows": rows}))
+    return path, rows
+
+
+def test_against_epsilon_rows_share_a_panel_for_each_kind(tmp_path):
+    path, _ = rows_over_epsilon(tmp_path)
+    picture = tmp_path / "over.svg"
+    done = CliRunner().invoke(app, ["figure", str(path), "--against", "epsilon", "--output", str(picture)])
+    assert done.exit_code == 0, done.output
+    drawn = picture.read_text()
+    assert [drawn.count(f"<!-- {text} -->") for text in ("IID", "Dirichlet 0.5", "epsilon of each client")] == [1, 1, 2]
+    assert "<!-- area under the curve on test data, % -->" in drawn
+
+
+def test_a_table_that_does_not_say_its_epsilons_is_refused(table, tmp_path):
+    done = CliRunner().invoke(
+        app, ["figure", str(table), "--against", "epsilon", "--output", str(tmp_path / "table.png")]
+    )
+    assert done.exit_code != 0
+    assert "does not say its epsilons" in done.output
+    assert not (tmp_path / "table.png").exists()
+
+
 @pytest.mark.parametrize(("content", "name"), [("[]", "a.png"), ("no", "a.png"), (None, "a.png"), ("", "a.png")])
 def test_what_is_no_table_is_refused(tmp_path, content, name):
     path = tmp_path / "other.json"

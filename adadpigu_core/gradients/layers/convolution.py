@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adadpigu_core.gradients.recorder import Argument, Layer, Recorder, register_rule
-from adadpigu_core.gradients.transform import Block
+from adadpigu_core.gradients.transform import Block, Part
 from adadpigu_core.gradients.uses import Dense, Factors, Product, Use
 
 _CACHED_FLOATS = 300_000
@@ -95,6 +95,7 @@ class Filters(Use):
         self.num_records = num_records
         self.geometry = geometry
         self._views = len(inputs) // num_records
+        self._weight = weight
         self._shape = tuple(weight.shape)
         self.held = (inputs[:1].numel() + errors[:1].numel()) * self._views
         self.positions = (inputs if geometry.transposed else errors)[0, 0].numel() * self._views
@@ -102,6 +103,14 @@ class Filters(Use):
     def forget(self) -> None:
         """Let go of inputs and output gradients."""
         self.inputs = self.errors = self.inputs.new_empty(0)
+
+    def restricted(self, part: Part) -> "Filters | None":
+        """Some filters and some channels, which is simple where every filter sees all channels."""
+        if self.geometry.groups > 1 or self.geometry.transposed:
+            return None
+        errors = self.errors if part.rows is None else self.errors.index_select(1, part.rows)
+        inputs = self.inputs if part.columns is None else self.inputs.index_select(1, part.columns)
+        return type(self)(inputs, errors, self.num_records, part.take(self._weight), self.geometry)
 
     def chunk(self, size: int) -> int:
         """How many gradients to make at a time."""

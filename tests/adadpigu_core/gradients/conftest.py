@@ -42,7 +42,9 @@ FLOAT32_ERRORS = 6  # how many times worse than float32 autograd, beyond the rel
 
 REMEDY = re.compile(r"\b(replace|use|set|pass|give|return|call|write|make|move|wrap|rewrite|freeze|leave|must)\b", re.I)
 
-MASKS = ("empty", "one", "tenth", "most", "without a layer", "only a layer", "full")
+MASKS = (
+    "empty", "one", "tenth", "most", "without a layer", "only a layer", "full", "rows", "columns", "rows and columns",
+)  # fmt: skip
 MEANS = ("zero", "random", "near", "far")
 SCALES = ("unit", "coordinate", "layer", "tiny", "huge")
 NORMS = ("small", "typical", "infinite")
@@ -54,6 +56,9 @@ USUAL = (
     ("without a layer", "near", "layer", "typical"),
     ("only a layer", "zero", "layer", "small"),
     ("tenth", "far", "unit", "infinite"),
+    ("rows", "random", "layer", "small"),
+    ("columns", "zero", "coordinate", "typical"),
+    ("rows and columns", "near", "unit", "small"),
 )
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -62,11 +67,11 @@ Augmentation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Reference:
-    """Gradients and the float32 rounding in them, float64 [n, d], and the sizes of the parameters they consist of."""
+    """Gradients and the float32 rounding in them, float64 [n, d], and the shapes of the parameters they consist of."""
 
     gradients: Tensor
     rounding: Tensor
-    sizes: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
 
 
 @dataclass(frozen=True)
@@ -146,12 +151,13 @@ def _reference(
     with torch.enable_grad():
         single = _gradients(copied, loss, records, augmentation).double()
         double = _gradients(copied.double(), loss, records, augmentation)
-    sizes = tuple(p.numel() for p in model.parameters() if p.requires_grad)
+    shapes = tuple(p.shape for p in model.parameters() if p.requires_grad)
+    sizes = tuple(shape.numel() for shape in shapes)
     errors = []
     for exact, rounded in zip(double.split(list(sizes), 1), single.split(list(sizes), 1), strict=True):
         error = (exact - rounded).abs().amax(1) + LAST_BIT * exact.abs().amax(1)
         errors.append(error.unsqueeze(1).expand_as(exact))
-    return Reference(double, torch.cat(errors, 1), sizes)
+    return Reference(double, torch.cat(errors, 1), shapes)
 
 
 def _norms(vectors: Tensor) -> Tensor:
@@ -173,7 +179,7 @@ def _expected(reference: Reference, given: Standardisation, clipping_norm: float
 def _standardisation(reference: Reference, mask: str, mean: str, scale: str, seed: int = 0) -> Standardisation:
     """A named mask, mean and scale, in proportion to the gradients of these records."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor(reference.sizes)
+    sizes = torch.tensor([shape.numel() for shape in reference.shapes])
     d, layers = int(sizes.sum()), len(sizes)
     layer = torch.repeat_interleave(torch.arange(layers), sizes)
     chosen = int(torch.randint(layers, (), generator=generator))
@@ -186,6 +192,9 @@ def _standardisation(reference: Reference, mask: str, mean: str, scale: str, see
         "without a layer": layer != chosen,
         "only a layer": layer == chosen,
         "full": torch.ones(d, dtype=torch.bool),
+        "rows": _structured(reference.shapes, (0,), seed),
+        "columns": _structured(reference.shapes, (1,), seed),
+        "rows and columns": _structured(reference.shapes, (0, 1), seed) & (uniform < 0.8),
     }
     gradients = reference.gradients if len(reference.gradients) else torch.ones(1, d, dtype=torch.float64)
     typical = gradients.square().mean().sqrt()
@@ -204,6 +213,20 @@ def _standardisation(reference: Reference, mask: str, mean: str, scale: str, see
         "huge": torch.full((d,), 1e6),
     }
     return Standardisation(masks[mask], means[mean].float(), scales[scale].float())
+
+
+def _structured(shapes: tuple[torch.Size, ...], dimensions: tuple[int, ...], seed: int) -> Tensor:
+    """Half of the slices of each parameter along some dimensions; a vector has the first dimension only."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = []
+    for shape in shapes:
+        piece = torch.ones(shape, dtype=torch.bool)
+        for dimension in dimensions:
+            if dimension < len(shape):
+                chosen = torch.rand(shape[dimension], generator=generator) < 0.5
+                piece &= chosen.view([-1 if axis == dimension else 1 for axis in range(len(shape))])
+        pieces.append(piece.flatten())
+    return torch.cat(pieces)
 
 
 def _clipping_norm(reference: Reference, given: Standardisation, kind: str) -> float:

@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-MASKS = ("empty", "one", "tenth", "most", "without a layer", "only a layer", "full")
+MASKS = (
+    "empty", "one", "tenth", "most", "without a layer", "only a layer", "full", "rows", "columns", "rows and columns",
+)  # fmt: skip
 MEANS = ("zero", "random", "near", "far")
 SCALES = ("unit", "coordinate", "layer", "tiny", "huge")
 NORMS = ("small", "typical", "infinite")

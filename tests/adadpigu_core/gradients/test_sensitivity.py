@@ -106,6 +106,35 @@ def test_a_mean_that_is_the_gradient_leaves_rounding_and_the_bound_holds_for_it(
     assert exact_norm(total) <= 1e-3
 
 
+class First(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+class NoRule(nn.Module):
+    """A use of a matrix that only torch.func knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.full((16, 16), 0.1))
+
+    def forward(self, x):
+        return x @ self.matrix.exp()
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.full((16,), 0.3)), nn.Parameter(torch.zeros(16))
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
 LAYERS = {
     "convolution": (lambda: nn.Conv2d(32, 64, 3, padding=1), (32, 16, 16)),
     "first convolution": (lambda: nn.Conv2d(1, 16, 5), (1, 28, 28)),
@@ -118,6 +147,11 @@ LAYERS = {
     "bias alone": (lambda: nn.Linear(1, 4, bias=True), (4096, 1)),
     "group norm": (lambda: nn.GroupNorm(2, 8), (8, 3000)),
     "layer norm": (lambda: nn.LayerNorm(16), (3000, 16)),
+    "instance norm": (lambda: nn.InstanceNorm1d(8, affine=True), (8, 3000)),
+    "RMS norm": (lambda: nn.RMSNorm(16), (3000, 16)),
+    "LSTM": (lambda: First(nn.LSTM(16, 16, batch_first=True)), (200, 16)),
+    "without a rule": (NoRule, (3000, 16)),
+    "own scale": (Scaled, (3000, 16)),
 }
 
 

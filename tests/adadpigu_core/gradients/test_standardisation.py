@@ -62,7 +62,9 @@ MODELS = {
     "recurrent": (Recurrent, (5, 4)),
     "several": (Several, (5, 4)),
 }  # fmt: skip
-MASKS = ("empty", "one", "tenth", "most", "without a layer", "only a layer", "full")
+MASKS = (
+    "empty", "one", "tenth", "most", "without a layer", "only a layer", "full", "rows", "columns", "rows and columns",
+)  # fmt: skip
 
 
 def records_for(name, records_of, count):

@@ -1,5 +1,7 @@
 """Every method makes a step of the same kind; those that standardise compute the same sum."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,19 @@ from adadpigu_core.models import check_isolation, check_private
 from adadpigu_core.parameters import flatten
 from simulations.benchmarks.methods import CLIPPING_NORM, Trained, kept_gb, make_step
 from simulations.benchmarks.models import make_model, make_records
-from simulations.benchmarks.plan import GHOST, HOOKS, METHODS, MODELS, OPACUS, PLAIN, STANDARDISED, Layout, Task
+from simulations.benchmarks.plan import (
+    ADADPIGU,
+    GHOST,
+    HOOKS,
+    METHODS,
+    MODELS,
+    OPACUS,
+    PLAIN,
+    STANDARDISED,
+    Layout,
+    Plan,
+    Task,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Opacus warns of hooks that it sets itself
 
@@ -62,6 +76,20 @@ def test_layouts_change_no_plain_step(layout):
     make_step(task(), expected)()
     make_step(task(layout=layout), found)()
     assert torch.allclose(flatten(found.model), flatten(expected.model), atol=1e-6)
+
+
+def test_views_that_are_all_the_same_change_no_step():
+    """Each method sees as many rows, and its step is that of one view."""
+    for method in (PLAIN, ADADPIGU):
+        once, repeated = task(method=method), replace(task(method=method), views=3)
+        trained = [Trained.of(each, batch=3) for each in (once, repeated)]
+        for each, given in zip((once, repeated), trained, strict=True):
+            make_step(each, given)()
+        torch.testing.assert_close(flatten(trained[0].model), flatten(trained[1].model), rtol=0, atol=1e-5)
+
+
+def test_with_views_opacus_is_left_out():
+    assert not {each.method for each in Plan(views=2).tasks("mlp")} & set(OPACUS)
 
 
 @pytest.mark.parametrize("way", ["by_parameter", "as_vectors"])
