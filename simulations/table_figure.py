@@ -54,10 +54,10 @@ def draw(found: Mapping[str, Any], path: Path, against: str = "bytes") -> None:
     figure = Figure(figsize=(2.5 + 4.0 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(found["title"], fontsize=10)
-    for number, (title, rows) in enumerate(panels.items(), start=1):
+    for number, (title, rows) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), number)
         _draw_panel(axes, rows, against)
-        axes.set_ylabel(f"{QUALITIES[found.get('quality', 'accuracy')]} on test data, %")
+        axes.set_ylabel(f"{QUALITIES.get(found.get('quality', ''), 'accuracy')} on test data, %")
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
@@ -67,16 +67,16 @@ def draw(found: Mapping[str, Any], path: Path, against: str = "bytes") -> None:
         raise ConfigurationError(f"{path}: cannot be written ({error})") from error
 
 
-def _panels(rows: Sequence[Mapping[str, Any]], against: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows by the title of their panel."""
+def _panels(rows: Sequence[Mapping[str, Any]], against: str) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Titles of panels, and the rows in each."""
     if against == "bytes":
-        return {row["label"]: [row] for row in rows}
+        return [(row["label"], [row]) for row in rows]
     if not all("target_epsilon" in row for row in rows):
         raise ConfigurationError("the table does not say its epsilons; 'adadpigu reproduce TABLE' writes it anew")
     panels = defaultdict(list)
     for row in sorted(rows, key=lambda row: float(row["target_epsilon"])):
         panels[_EPSILON.sub("", row["label"])].append(row)
-    return panels
+    return list(panels.items())
 
 
 def _draw_panel(axes: Any, rows: Sequence[Mapping[str, Any]], against: str) -> None:

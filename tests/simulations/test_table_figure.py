@@ -41,6 +41,7 @@ def test_every_method_of_a_long_table_is_drawn(tmp_path):
     assert done.exit_code == 0, done.output
     drawn = (tmp_path / "table.svg").read_text()
     assert [drawn.count(f"<!-- method-{number} -->") for number in range(13)] == [1] * 13
+    assert drawn.count("<!-- a -->") == 2, "rows that are called the same have a panel each"
 
 
 def rows_over_epsilon(tmp_path, **more):
