@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 import client.app
+import server.app
 from adadpigu_core import masking
 from adadpigu_core.accounting import Event
 from adadpigu_core.configuration import flatten as flat_settings
@@ -31,6 +32,7 @@ from adadpigu_core.messages import (
 from adadpigu_core.models import ModelSpec, build
 from adadpigu_core.parameters import ParameterLayout
 from server.round_report import ignore
+from server.run_folder import RunFolder
 from server.state import ServerState
 from server.strategy import AdaDPIGU
 from server.wire import from_content, to_content
@@ -207,6 +209,10 @@ class RealGrid(ScriptedGrid):
         return message.metadata.message_id
 
 
+class KilledError(Exception):
+    """The server is killed."""
+
+
 class Federation:
     """A strategy on a grid of scripted clients."""
 
@@ -278,13 +284,14 @@ def kit():
     """What tests need by name."""
 
     class Kit:
-        Federation, Client, Grid, RealGrid, Later, LOST = (
+        Federation, Client, Grid, RealGrid, Later, LOST, KilledError = (
             Federation,
             ScriptedClient,
             ScriptedGrid,
             RealGrid,
             Later,
             LOST,
+            KilledError,
         )
         SPEC, LAYOUT, D, SETTINGS = SPEC, LAYOUT, D, SETTINGS
 
@@ -308,3 +315,24 @@ def kit():
             return mask
 
     return Kit
+
+
+@pytest.fixture
+def run(kit, monkeypatch):
+    """Runs the server on clients in this process; ``crash_in`` ends it before that round's checkpoint is written."""
+
+    def start(settings, crash_in=None):
+        configuration = parse(settings)
+        folder = RunFolder(server.app.run_folder(configuration, 1))
+        with monkeypatch.context() as patch:
+            save = folder.save_checkpoint
+
+            def crash(arrays, values):
+                if values["round"] == crash_in:
+                    raise KilledError
+                save(arrays, values)
+
+            patch.setattr(folder, "save_checkpoint", crash)
+            return server.app.run(kit.RealGrid(configuration), configuration, folder, wait=lambda *_: None)
+
+    return start

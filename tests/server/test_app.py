@@ -18,10 +18,6 @@ from adadpigu_core.settings_file import read_toml
 from server.run_folder import CHECKPOINT, CONFIGURATION, METRICS, PRIVACY, RESULT, RunFolder
 
 
-class KilledError(Exception):
-    """The server is killed."""
-
-
 @pytest.fixture
 def settings(npz, tmp_path, kit):
     return {
@@ -31,28 +27,6 @@ def settings(npz, tmp_path, kit):
         "privacy.target-epsilon": 4.0,
         "runtime.output": str(tmp_path / "run"),
     }
-
-
-@pytest.fixture
-def run(kit, monkeypatch):
-    """Runs the server on clients in this process; ``crash_in`` ends it before that round's checkpoint is written."""
-
-    def start(settings, crash_in=None):
-        configuration = parse(settings)
-        folder = RunFolder(server.app.run_folder(configuration, 1))
-        with monkeypatch.context() as patch:
-            if crash_in is not None:
-                save = folder.save_checkpoint
-
-                def crash(arrays, values):
-                    if values["round"] == crash_in:
-                        raise KilledError
-                    save(arrays, values)
-
-                patch.setattr(folder, "save_checkpoint", crash)
-            return server.app.run(kit.RealGrid(configuration), configuration, folder, wait=lambda *_: None)
-
-    return start
 
 
 class TestFolder:
@@ -140,10 +114,10 @@ class TestFolder:
 
 
 class TestResume:
-    def test_gives_the_same_model_at_the_same_price(self, run, settings, tmp_path):
+    def test_gives_the_same_model_at_the_same_price(self, kit, run, settings, tmp_path):
         whole = run({**settings, "runtime.output": str(tmp_path / "whole")})
         for crash_in in (0, 1, 3, 4):
-            with pytest.raises(KilledError):
+            with pytest.raises(kit.KilledError):
                 run(settings, crash_in=crash_in)
         again = run(settings)
         same = ("accuracy", "loss", "rounds")

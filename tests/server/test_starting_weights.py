@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import client.node
-import server.app
 from adadpigu_core import model_file
 from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
@@ -47,31 +46,6 @@ def settings(npz, tmp_path, kit):
         "seed": 7,
         "runtime.output": str(tmp_path / "run"),
     }
-
-
-class KilledError(Exception):
-    """The server is killed."""
-
-
-@pytest.fixture
-def run(kit, monkeypatch):
-    """Runs the server on clients in this process; ``crash_in`` ends it before that round's checkpoint is written."""
-
-    def start(settings, crash_in=None):
-        configuration = parse(settings)
-        folder = RunFolder(server.app.run_folder(configuration, 1))
-        with monkeypatch.context() as patch:
-            save = folder.save_checkpoint
-
-            def crash(arrays, values):
-                if values["round"] == crash_in:
-                    raise KilledError
-                save(arrays, values)
-
-            patch.setattr(folder, "save_checkpoint", crash)
-            return server.app.run(kit.RealGrid(configuration), configuration, folder, wait=lambda *_: None)
-
-    return start
 
 
 @pytest.fixture
@@ -162,17 +136,17 @@ def test_clients_train_the_network_that_the_server_evaluates(run, settings, froz
     np.testing.assert_array_equal(final["0.weight"], wanted[0].weight.detach().numpy())
 
 
-def test_a_run_goes_on_without_the_file(run, settings, frozen, trained_on, tmp_path):
+def test_a_run_goes_on_without_the_file(kit, run, settings, frozen, trained_on, tmp_path):
     """Start, ranking and what is not trained are those of the checkpoint."""
     path = write(tmp_path / "start.npz", **{"0__weight": np.ones((5, 3)), "2__bias": [3, -3]})
     settings = {**settings, "task.model": frozen, "task.weights": path}
     whole = run({**settings, "runtime.output": str(tmp_path / "whole")})
     wanted = list(trained_on)
-    with pytest.raises(KilledError):
+    with pytest.raises(kit.KilledError):
         run(settings, crash_in=1)
     (tmp_path / "start.npz").unlink()
     trained_on.clear()
-    with pytest.raises(KilledError):
+    with pytest.raises(kit.KilledError):
         run(settings, crash_in=3)
     again = run(settings)
     assert (again["accuracy"], again["loss"]) == (whole["accuracy"], whole["loss"])
@@ -183,7 +157,7 @@ def test_a_run_goes_on_without_the_file(run, settings, frozen, trained_on, tmp_p
             np.testing.assert_array_equal(one[key], other[key])
 
 
-def test_a_public_ranking_is_that_of_the_first_weights_also_when_a_run_goes_on(run, settings, tmp_path):
+def test_a_public_ranking_is_that_of_the_first_weights_also_when_a_run_goes_on(kit, run, settings, tmp_path):
     generator = np.random.default_rng(0)
     arrays = {}
     for split, count in (("train", 60), ("test", 20)):
@@ -195,7 +169,7 @@ def test_a_public_ranking_is_that_of_the_first_weights_also_when_a_run_goes_on(r
     changes = {"task.dataset": f"npz:{tmp_path / 'images.npz'}", "pretraining.ranking": "public"}
     settings = {**settings, **changes, "task.weights": write(tmp_path / "start.npz", output__weight=start)}
     run({**settings, "runtime.output": str(tmp_path / "whole")})
-    with pytest.raises(KilledError):
+    with pytest.raises(kit.KilledError):
         run(settings, crash_in=2)
     (tmp_path / "start.npz").unlink()
     run(settings)
