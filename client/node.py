@@ -108,7 +108,7 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
     model, _ = _model(request.model, request.layout, site)
     spec = request.model
     check_isolation(model, torch.rand(4, *spec.feature_shape, generator=torch.Generator().manual_seed(0)))
-    check_gradients(model, cross_entropy, spec.feature_shape, spec.num_classes)
+    check_gradients(model, cross_entropy, spec.feature_shape, spec.num_classes, site.options)
     if ledger.plan(request.run) is None:
         with _named_by_the_server():
             asked = _smaller(Target(request.target_epsilon, request.target_delta), site.target)

@@ -9,6 +9,9 @@ So before anything is charged, the standardised gradients of made-up records, wh
 the weights as they are, and with weights that differ in their last bits. If the two point in different directions, the
 request is refused. This is a test by samples and not a proof; one record at a time would be one, and cost many times
 the training.
+
+In bfloat16 a last bit is 65,000 times larger. There a record's gradient has to be the same whatever is computed beside
+it, which the kernels of a device keep or not; made-up batches of several sizes show it beforehand.
 """
 
 import copy
@@ -18,8 +21,8 @@ from torch import Tensor, nn
 
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
-from adadpigu_core.exceptions import MessageError, ModelError
-from adadpigu_core.gradients.clipping import Loss, losses_of
+from adadpigu_core.exceptions import ConfigurationError, MessageError, ModelError
+from adadpigu_core.gradients.clipping import DEFAULTS, GradientOptions, Loss, losses_of
 from adadpigu_core.gradients.engine import clipped_sum
 from adadpigu_core.parameters import ParameterLayout
 
@@ -27,6 +30,8 @@ _PROBES = 3
 _LAST_BITS = 2.0**-22  # relative to a weight: four times its rounding error
 _LARGEST_DISAGREEMENT = 1e-4  # networks in ordinary training are at 1e-6, chaotic ones above 1e-3
 _TOLERANCE = 1e-3
+_NEIGHBOURS = (1, 7, 32)  # kernels change with the size of a batch
+_LARGEST_CHANGE = 1e-4  # of the largest gradient: float32 is at 1e-6, a bit of bfloat16 at 1e-3
 
 
 def check_rounding(
@@ -65,14 +70,22 @@ def disagreement(
     return float(torch.linalg.vector_norm(change, dim=1).median())
 
 
-def check_gradients(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int) -> None:
+def check_gradients(
+    model: nn.Module,
+    loss: Loss,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    options: GradientOptions = DEFAULTS,
+) -> None:
     """Compare the engine's gradients of made-up records with ordinary ones, on a copy of the model.
 
     Privacy: a rule that is wrong for this model would break the bound silently. Both the sum, for completeness, and
-    the gradient of each record beside others, for isolation, must be right.
+    the gradient of each record beside others, for isolation, must be right. With less precision than float32, a
+    record must also leave the gradients of others as they are.
 
     Raises:
         ModelError: They differ, or the engine has to refuse the model.
+        ConfigurationError: The precision does not keep records apart on this device.
     """
     copied = copy.deepcopy(model).eval()  # without dropout, so that two passes agree
     records = _made_up(_PROBES, input_shape, num_classes, torch.Generator().manual_seed(0))
@@ -88,6 +101,30 @@ def check_gradients(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], 
             "mix records, and uses of parameters that torch does not show"
         )
         raise ModelError(text, text)
+    if options.precision != DEFAULTS.precision:
+        _check_neighbours(copied, loss, input_shape, num_classes, options)
+
+
+def _check_neighbours(
+    model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int, options: GradientOptions
+) -> None:
+    """Refuse a precision in which one more record changes what others contribute."""
+    records = _made_up(max(_NEIGHBOURS) + 1, input_shape, num_classes, torch.Generator().manual_seed(0))
+    identity = Standardisation.identity(ParameterLayout.of(model).num_parameters)
+
+    def total(start: int, stop: int) -> Tensor:
+        chosen = records.select(list(range(start, stop)))
+        return clipped_sum(model, loss, chosen, identity, float("inf"), options=options).total.double()
+
+    for count in _NEIGHBOURS:
+        alone = total(count, count + 1)
+        change = total(0, count + 1) - total(0, count) - alone
+        if not change.norm() <= _LARGEST_CHANGE * alone.norm():
+            text = (
+                f"precision: in {options.precision} the gradient of a record depends on what is computed beside it, on "
+                "this device; use float32"
+            )
+            raise ConfigurationError(text, text)
 
 
 def _made_up(count: int, input_shape: tuple[int, ...], num_classes: int, generator: torch.Generator) -> Records:

@@ -57,13 +57,16 @@ def step(
     views: Annotated[
         int, typer.Option(help="Views of each record, averaged before clipping; plain steps take as many rows.")
     ] = _DEFAULTS.views,
+    precision: Annotated[
+        str, typer.Option(help="Of the layers' products, also of plain steps: float32 or bfloat16.")
+    ] = _DEFAULTS.precision,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures.")] = None,
 ) -> None:
     """Measure steps and print tables."""
     try:
         chosen = METHODS if methods is None else _split(methods)
         limits = limit_s, limit_gb, least_s
-        plan = Plan(_split(models), chosen, batch, repetitions, retention, device, threads, *limits, views)
+        plan = Plan(_split(models), chosen, batch, repetitions, retention, device, threads, *limits, views, precision)
         if methods is not None and set(plan.methods) & set(OPACUS) and not has_opacus():
             raise ConfigurationError(f"--methods: {HOW_TO_GET_OPACUS}")
         _step(plan, json_file)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adadpigu_core.accounting import TRAINING
 from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation, expand
 from adadpigu_core.datasets import Records
-from adadpigu_core.gradients import cross_entropy
+from adadpigu_core.gradients import GradientOptions, cross_entropy
 from adadpigu_core.masking import mask_of
 from adadpigu_core.parameters import ParameterLayout, descend
 from adadpigu_core.private_step import Mechanism, private_step
@@ -40,6 +40,7 @@ class Trained:
     records: Records
     standardisation: Standardisation
     views: int = 1
+    precision: str = "float32"
 
     @classmethod
     def of(cls, task: Task, *, batch: int) -> "Trained":
@@ -50,7 +51,7 @@ class Trained:
         scale = expand(torch.linspace(0.5, 1.5, len(layout.names)), layout, "layer")
         standardisation = Standardisation(mask_of(ranking, task.retention), torch.zeros_like(scale), scale)
         moved = Records(records.features.to(task.device), records.labels.to(task.device))
-        return cls(model.to(task.device), moved, standardisation, task.views)
+        return cls(model.to(task.device), moved, standardisation, task.views, task.precision)
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,15 @@ def _plain(trained: Trained, layout: Layout) -> Step:
         records = replace(records, features=records.features.contiguous(memory_format=torch.channels_last))
     optimiser = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     size = layout.physical_batch or len(records)
+    half = torch.autocast(records.labels.device.type, torch.bfloat16, enabled=trained.precision == "bfloat16")
     batches = list(zip(torch.split(records.features, size), torch.split(records.labels, size), strict=True))
 
     def step() -> None:
         optimiser.zero_grad()
         for features, labels in batches:
-            loss = cross_entropy(model(features), labels).sum() / len(records)
+            with half:
+                outputs = model(features)
+            loss = cross_entropy(outputs.float(), labels).sum() / len(records)
             loss.backward()  # type: ignore[no-untyped-call]  # of torch
         optimiser.step()
 
@@ -123,6 +127,7 @@ def _private(trained: Trained, randomness: Randomness) -> Step:
     model, given = trained.model, trained.standardisation
     mechanism = Mechanism(TRAINING, CLIPPING_NORM, NOISE_MULTIPLIER, 1.0, len(trained.records))
     statistics = FixedStatistics(given.mean, given.scale)
+    options = GradientOptions(precision=trained.precision)
     augmentation = Repeated(trained.views) if trained.views > 1 else None
 
     def step() -> None:
@@ -135,6 +140,7 @@ def _private(trained: Trained, randomness: Randomness) -> Step:
             statistics,
             randomness,
             lambda _: None,
+            options=options,
             augmentation=augmentation,
         )
         descend(model, release.gradient, LEARNING_RATE)

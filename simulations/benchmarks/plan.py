@@ -46,6 +46,7 @@ BOUNDS = {
     "transformer": Bounds(1.6, 1.0, 2.5, 4.0),
     "wrn-16-4": Bounds(2.0, 1.3, 3.0, 2.0),
 }
+PRECISIONS = ("float32", "bfloat16")  # the engine's, without importing it
 BOUNDS_BATCH, BOUNDS_THREADS = 256, 1
 
 
@@ -83,6 +84,7 @@ class Task:
         threads: Of torch.
         limit_gb: Most memory that per-record gradients may take, in GB.
         views: Rows that are computed for each record; a private step averages their gradients before it clips.
+        precision: ``float32``, or ``bfloat16`` for the layers' products.
     """
 
     model: str
@@ -94,6 +96,7 @@ class Task:
     threads: int
     limit_gb: float
     views: int = 1
+    precision: str = PRECISIONS[0]
 
     @property
     def name(self) -> str:
@@ -117,6 +120,8 @@ class Plan:
         limit_s: A method is left out once a step takes longer, in seconds.
         limit_gb: A method is left out if the gradients that it keeps would take more memory, in GB.
         views: Views of each record, at least 1. Opacus has none: with several its methods are left out.
+        precision: ``float32``, or ``bfloat16`` for the layers' products of plain steps and AdaDPIGU's; Opacus is left
+            out.
 
     Raises:
         ConfigurationError: A value is unknown or out of range.
@@ -133,9 +138,11 @@ class Plan:
     limit_gb: float = 10.0
     least_s: float = 30.0
     views: int = 1
+    precision: str = PRECISIONS[0]
 
     def __post_init__(self) -> None:
         _check_names("--models", self.models, MODELS)
+        _check_names("--precision", (self.precision,), PRECISIONS)
         _check_names("--methods", self.methods, METHODS)
         for key in ("batch", "repetitions", "threads", "views"):
             if getattr(self, key) < 1:
@@ -152,19 +159,19 @@ class Plan:
     def tasks(self, model: str) -> list[Task]:
         """Give what is measured on a network, plain steps first, the default layout before the others."""
         methods = [(PLAIN, layout) for layout in _layouts(model, self.batch)]
-        left_out = {PLAIN, *(OPACUS if self.views > 1 else ())}
+        left_out = {PLAIN, *(() if self._usual else OPACUS)}
         methods += [(method, Layout()) for method in METHODS if method in self.methods and method not in left_out]
-        return [
-            Task(
-                model, method, layout, self.batch, self.retention, self.device, self.threads, self.limit_gb, self.views
-            )
-            for method, layout in methods
-        ]
+        same = self.batch, self.retention, self.device, self.threads, self.limit_gb, self.views, self.precision
+        return [Task(model, method, layout, *same) for method, layout in methods]
+
+    @property
+    def _usual(self) -> bool:
+        return self.views == 1 and self.precision == PRECISIONS[0]
 
     @property
     def bounds_apply(self) -> bool:
         """Whether this is the batch and the number of threads that ``BOUNDS`` are for."""
-        return self.batch == BOUNDS_BATCH and self.threads == BOUNDS_THREADS and self.views == 1
+        return self.batch == BOUNDS_BATCH and self.threads == BOUNDS_THREADS and self._usual
 
 
 def has_opacus() -> bool:

@@ -17,7 +17,7 @@ def tables(rows: list[Row], plan: Plan) -> list[Table]:
 
 def _methods(rows: list[Row], plan: Plan) -> Table:
     views = f" of {plan.views} views" if plan.views > 1 else ""
-    title = f"One training step: {plan.batch} records{views}, {plan.device}, threads: {plan.threads}"
+    title = f"One training step: {plan.batch} records{views}, {plan.device}, {plan.precision}, threads: {plan.threads}"
     table = Table(title=title, caption=_remarks(rows), caption_justify="left")
     for heading in ("model", "method"):
         table.add_column(heading, no_wrap=True)

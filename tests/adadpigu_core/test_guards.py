@@ -6,8 +6,8 @@ from torch import nn
 
 from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation
 from adadpigu_core.datasets import Records
-from adadpigu_core.exceptions import MessageError
-from adadpigu_core.gradients import check_rounding, clipped_sum, cross_entropy
+from adadpigu_core.exceptions import ConfigurationError, MessageError
+from adadpigu_core.gradients import GradientOptions, check_gradients, check_rounding, clipped_sum, cross_entropy
 from adadpigu_core.local_training import train_round
 from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.private_step import Mechanism
@@ -71,6 +71,34 @@ def test_the_check_of_rounding_changes_neither_the_model_nor_the_generator(make_
     check_rounding(model, cross_entropy, shape, 3, Standardisation.identity(len(before)))
     assert torch.equal(flatten(model), before)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class _Crowded(nn.Module):
+    """Depends on the size of the batch in half precision alone, as the kernels of a device might."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.layer, self.size = nn.Linear(6, 3), size
+
+    def forward(self, x):
+        return self.layer(x) * (1 + self.size * (len(x) % 3) * torch.is_autocast_enabled("cpu"))
+
+
+HALF = GradientOptions(precision="bfloat16")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_keeps_the_records_of_ordinary_models_apart(make_model, make_records, kind):
+    check_gradients(make_model(kind), cross_entropy, tuple(make_records(kind, 1).features.shape[1:]), 3, HALF)
+
+
+def test_half_precision_that_mixes_records_by_a_bit_is_refused():
+    """One bit of bfloat16 in what all others contribute: 1e-3 of C for each of them, which adds up."""
+    check_gradients(_Crowded(0.0), cross_entropy, (6,), 3, HALF)
+    check_gradients(_Crowded(2**-8), cross_entropy, (6,), 3)  # in float32 there is nothing to refuse
+    with pytest.raises(ConfigurationError, match="use float32") as refused:
+        check_gradients(_Crowded(2**-8), cross_entropy, (6,), 3, HALF)
+    assert "use float32" in refused.value.public_message
 
 
 def test_a_step_into_chaos_is_the_last():

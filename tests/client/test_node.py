@@ -1,6 +1,7 @@
 """What a client does with a message: it describes itself once a run, charges once a round and releases once."""
 
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -125,6 +126,23 @@ class TestDescribe:
         request = getattr(requests, request_kind)(run="run-1")
         assert "BatchNorm1d" in refused(described.ask(request), "model")
         assert described.charged() == ([], [])
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    def test_a_precision_that_mixes_records_is_refused(self, make_node, requests, monkeypatch, precision):
+        class Crowded(nn.Linear):
+            def forward(self, x):
+                return super().forward(x) * (1 + 0.01 * (len(x) % 3) * torch.is_autocast_enabled("cpu"))
+
+        def crowded(spec, seed):
+            return nn.Sequential(OrderedDict(flatten=nn.Flatten(), output=Crowded(4, 3)))
+
+        monkeypatch.setattr(client.node, "build", crowded)
+        node = make_node(precision=precision)
+        answer = node.ask(requests.describe())
+        if precision == "bfloat16":
+            assert "use float32" in refused(answer, "configuration")
+        else:
+            assert isinstance(answer, Description)
 
     def test_a_model_that_mixes_records_under_another_name_is_refused(self, node, monkeypatch):
         class Centred(nn.Module):

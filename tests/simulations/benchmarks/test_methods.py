@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adadpigu_core.gradients import cross_entropy
+from adadpigu_core.gradients import PRECISIONS, cross_entropy
 from adadpigu_core.gradients.simple import clipped_sum
 from adadpigu_core.models import check_isolation, check_private
 from adadpigu_core.parameters import flatten
+from simulations.benchmarks import plan
 from simulations.benchmarks.methods import CLIPPING_NORM, Trained, kept_gb, make_step
 from simulations.benchmarks.models import make_model, make_records
 from simulations.benchmarks.plan import (
@@ -88,8 +89,29 @@ def test_views_that_are_all_the_same_change_no_step():
         torch.testing.assert_close(flatten(trained[0].model), flatten(trained[1].model), rtol=0, atol=1e-5)
 
 
-def test_with_views_opacus_is_left_out():
-    assert not {each.method for each in Plan(views=2).tasks("mlp")} & set(OPACUS)
+def test_with_views_or_in_half_precision_opacus_is_left_out():
+    for other in (Plan(views=2), Plan(precision="bfloat16")):
+        assert not {each.method for each in other.tasks("mlp")} & set(OPACUS)
+        assert not other.bounds_apply
+
+
+@pytest.mark.parametrize("method", [PLAIN, ADADPIGU])
+def test_half_precision_is_what_is_timed(method):
+    """The step is nearly that of float32, and not that."""
+    exact = replace(task("mlp", method), batch=3)
+    moved = []
+    for each in (exact, exact, replace(exact, precision="bfloat16")):
+        trained = Trained.of(each, batch=3)
+        before = flatten(trained.model).clone()
+        make_step(each, trained)()
+        moved.append(flatten(trained.model) - before)
+    assert torch.equal(moved[0], moved[1])
+    distance = float((moved[2] - moved[0]).norm() / moved[0].norm())
+    assert 1e-6 < distance < 0.1
+
+
+def test_precisions_are_those_of_the_engine():
+    assert plan.PRECISIONS == PRECISIONS
 
 
 @pytest.mark.parametrize("way", ["by_parameter", "as_vectors"])
