@@ -129,7 +129,7 @@ def _across(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str
     lines = []
     for row in rows:
         cells = list(row["methods"].values())
-        compared = [_difference(cell["difference"]) for cell in cells[1:]]
+        compared = [difference(cell["difference"]) for cell in cells[1:]]
         lines.append([row["label"], *map(_cell, cells), *compared, _spent(cells)])
     return ["", *headings, *differences, "largest epsilon spent"], lines
 
@@ -142,7 +142,7 @@ def _down(rows: Sequence[Mapping[str, Any]], quality: str) -> tuple[list[str], l
     for row in rows:
         for number, cell in enumerate(row["methods"].values()):
             label = row["label"] if number == 0 else ""
-            compared = "" if cell["difference"] is None else _difference(cell["difference"])
+            compared = "" if cell["difference"] is None else difference(cell["difference"])
             sent = f"{cell['bytes_up'] / 1e6:.3g}"
             lines.append([label, _heading(cell), _cell(cell), compared, sent, _spent([cell])])
     return columns, lines
@@ -169,7 +169,8 @@ def _cell(cell: Mapping[str, Any]) -> str:
     return text + (f", {cell['diverged']} diverged" if cell["diverged"] else "")
 
 
-def _difference(found: Mapping[str, Any]) -> str:
+def difference(found: Mapping[str, Any]) -> str:
+    """Write down what ``paired`` has found."""
     text = f"{found['mean']:+.2f} ± {found['stddev']:.2f}"
     return text if found["p_value"] is None else f"{text}, p {_rounded(found['p_value'])}"
 

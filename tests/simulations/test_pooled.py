@@ -1,6 +1,7 @@
 """Equal clients as one."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -127,5 +128,12 @@ def test_the_command(settings, tmp_path):
     assert done.output.count("area under curve") == 2
     refused = CliRunner().invoke(app, ["explore", *arguments, "-c", "federation.local-steps=3"])
     assert refused.exit_code != 0
+    compared = CliRunner().invoke(app, ["explore", *arguments, "--seeds", "2", "--against", "method=dp-fedsgd"])
+    assert "method=dp-fedsgd: rate" in compared.output
+    first, second, third = (re.search(r"accuracy ([+-]?[\d.]+)", line)[1] for line in compared.output.splitlines())
+    assert float(third) == pytest.approx(float(first) - float(second), abs=0.011)
+    assert "standard error" in compared.output
+    same = CliRunner().invoke(app, ["explore", *arguments, "--seeds", "2", "--against", "seed=1"])
+    assert "difference: accuracy +0.00 ± 0.00" in same.output
     oracle = CliRunner().invoke(app, ["explore", *arguments, "-c", "pretraining.ranking=oracle", "--seeds", "1"])
     assert "NOT PRIVATE" in oracle.output
