@@ -31,6 +31,27 @@ class Reader(nn.Module):
         return self.head((x + torch.tanh(self.body(self.norm(x)))).mean(1))
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head((x + self.body(x, x, x, need_weights=False)[0]).mean(1))
+
+
+class Tied(nn.Module):
+    """Words and classes share a table, and a layer is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.body = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = torch.tanh(self.body(torch.tanh(self.body(self.words(x.long()).mean(1)))))
+        return nn.functional.linear(x, self.words.weight[:3])
+
+
 MODELS = {
     "vectors": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,)),
     "images": (
@@ -44,14 +65,30 @@ MODELS = {
         (5, 4),
     ),
     "words": (Reader, (5,)),
+    "attention": (Attending, (5, 4)),
+    "tied": (Tied, (5,)),
+    "other filters": (
+        lambda: nn.Sequential(
+            nn.Conv1d(4, 4, 3, groups=2, padding=2, dilation=2),
+            nn.InstanceNorm1d(4, affine=True),
+            nn.Tanh(),
+            nn.ConvTranspose1d(4, 6, 2, stride=2),
+            nn.Flatten(),
+            nn.Linear(60, 3),
+        ),
+        (4, 5),
+    ),
 }
+OPACUS_HAS = [name for name in MODELS if name not in ("attention", "tied")]  # no such layer, no function of a weight
 STATISTICS = ("neutral", "fixed", "energy", "paper")
 
 
 @pytest.fixture(scope="module")
 def case(built, records_of):
     def make(name, count=24):
-        return built(MODELS[name][0]), records_of(MODELS[name][1], count, tokens=9 if name == "words" else None)
+        return built(MODELS[name][0]), records_of(
+            MODELS[name][1], count, tokens=9 if name in ("words", "tied") else None
+        )
 
     return make
 
@@ -86,6 +123,7 @@ def by_the_simple_engine(model, loss, records, standardisation, clipping_norm, *
     return simple.clipped_sum(model, loss, records, standardisation, clipping_norm)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch.func, about attention
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rule", STATISTICS)
 @pytest.mark.parametrize("retained", [0.3, 1.0])
@@ -149,7 +187,7 @@ def by_opacus():
     return clipped
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OPACUS_HAS)
 @pytest.mark.parametrize("clipping_norm", [0.05, 0.5, 2.0, 1e4])
 @pytest.mark.parametrize("count", [1, 9])
 def test_without_mask_mean_and_scale_it_is_the_sum_of_opacus(
