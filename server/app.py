@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -39,8 +40,8 @@ from server.starting_weights import start_from
 from server.state import ServerState
 from server.strategy import AdaDPIGU, EvaluateFn
 
-# Given the model at its first weights.
-Oracle = Callable[[nn.Module, Configuration], Tensor]
+# Given the model at its first weights, and the rate of a client's steps.
+Oracle = Callable[[Configuration, nn.Module, float], Tensor]
 log = logging.getLogger("flwr")  # what Flower shows while a run works
 app = ServerApp()
 
@@ -99,7 +100,7 @@ def run(
     if checkpoint is None:
         folder.write_text(CONFIGURATION, to_toml(configuration))
         start_from(model, spec, configuration)
-        _begin(state, model, spec, configuration, oracle)
+        _begin(state, model, spec, configuration)
     else:
         _restore(state, checkpoint, folder)
         assign(model, state.optimiser.weights)
@@ -125,7 +126,17 @@ def run(
         folder.save_checkpoint(*state.dump())
         observer(report)
 
-    strategy = AdaDPIGU(configuration, spec, copy.deepcopy(model), state, record, wait, public=test.features)
+    asked = configuration.pretraining.ranking == ORACLE
+    strategy = AdaDPIGU(
+        configuration,
+        spec,
+        copy.deepcopy(model),
+        state,
+        record,
+        wait,
+        public=test.features,
+        oracle=partial(oracle, configuration) if oracle is not None and asked else None,
+    )
     strategy.start(
         grid,
         ArrayRecord(model.state_dict()),
@@ -167,14 +178,10 @@ def model_spec(configuration: Configuration, data: datasets.DataSet) -> ModelSpe
     )
 
 
-def _begin(
-    state: ServerState, model: nn.Module, spec: ModelSpec, configuration: Configuration, oracle: Oracle | None
-) -> None:
+def _begin(state: ServerState, model: nn.Module, spec: ModelSpec, configuration: Configuration) -> None:
     """Take a model at its first weights into the state, and what these alone say of its coordinates."""
     state.fixed = flatten_fixed(model)
     state.optimiser.reset(flatten(model))
-    if oracle is not None and configuration.pretraining.ranking == ORACLE:
-        state.importance.reveal(oracle(model, configuration))
     if configuration.pretraining.ranking == PUBLIC:
         state.importance.reveal(public_scores(model, spec))
 

@@ -60,6 +60,8 @@ class AdaDPIGU(Strategy):
         wait: Waits up to some seconds for a reply to one of some message ids.
         public: Features of public records, [n, ...], from which an automatic learning rate sees what noise on the
             weights does to the outputs.
+        oracle: Scores of a model's coordinates, float64 [d], from the model and the rate of a client's steps: what no
+            client has released, by which a simulation may rank.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class AdaDPIGU(Strategy):
         wait: Wait = sleep,
         *,
         public: Tensor,
+        oracle: Callable[[nn.Module, float], Tensor] | None = None,
     ) -> None:
         self._configuration = configuration
         self._schedule = Schedule(configuration)
@@ -80,6 +83,7 @@ class AdaDPIGU(Strategy):
         self._observer = observer
         self._wait = wait
         self._public = public
+        self._oracle = oracle
         self._exchange: Exchange
         self.state = state
         self.cohort = Cohort(state.tally)
@@ -133,6 +137,9 @@ class AdaDPIGU(Strategy):
             log.info("the plan gives a learning rate of %.4g", self.state.learning_rate)
         result = Result()
         if self.state.round == 0:
+            if self._oracle is not None:
+                assign(self._model, self.state.optimiser.weights)
+                self.state.importance.reveal(self._oracle(self._model, self.state.learning_rate))
             self._evaluate(0, evaluate_fn, result)
         for number in range(self.state.round + 1, planned + 1):
             self._round(number, grid, timeout, evaluate_fn, result)

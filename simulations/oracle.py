@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from adadpigu_core import datasets
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.configuration import Configuration
-from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.gradients import clipped_sum, cross_entropy
 from adadpigu_core.importance import DRIFT, importance_of
 from adadpigu_core.kept_features import public_features
@@ -24,36 +23,21 @@ from client.partitions import Deal, deal
 _STEPS = 15
 
 
-def require_rate(configuration: Configuration) -> None:
-    """Refuse a rate that is still to follow from what clients declare.
-
-    Raises:
-        ConfigurationError: If there is no rate.
-    """
-    if configuration.optimiser.local_learning_rate == 0:
-        raise ConfigurationError(
-            "optimiser.local-learning-rate: 0 follows from what clients declare, and here are none; set a rate"
-        )
-
-
-def oracle_scores(model: nn.Module, configuration: Configuration) -> Tensor:
+def oracle_scores(configuration: Configuration, model: nn.Module, rate: float) -> Tensor:
     """Score coordinates along some steps of training without noise on all records.
 
     Args:
+        configuration: Of the run: data set, clipping norm and the measure of importance.
         model: At its first weights, where it is left.
-        configuration: Of the run: data set, clipping norm, rates and the measure of importance.
+        rate: Of a client's steps.
 
     Returns:
         Scores, float64 [d]. Not private.
-
-    Raises:
-        ConfigurationError: If the rate is to follow from the plan, which is not known here.
     """
-    require_rate(configuration)
     data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     records = public_features(configuration.task.features, data.train).select(_held(configuration, data))
     optimiser, measure = configuration.optimiser, configuration.pretraining.measure
-    rate = optimiser.local_learning_rate * optimiser.server_learning_rate
+    rate *= optimiser.server_learning_rate
     start = flatten(model)
     weights, velocity = start.clone(), torch.zeros_like(start)
     scores = torch.zeros(len(start), dtype=torch.float64)

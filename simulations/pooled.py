@@ -119,7 +119,7 @@ def run(configuration: Configuration) -> dict[str, Any]:
     state = ServerState.fresh(configuration, layout)
     state.optimiser.reset(flatten(model))
     if configuration.pretraining.ranking == ORACLE:
-        state.importance.reveal(oracle_scores(model, configuration))
+        state.importance.reveal(oracle_scores(configuration, model, configuration.optimiser.local_learning_rate))
     if configuration.pretraining.ranking == PUBLIC:
         state.importance.reveal(public_scores(model, spec))
     sent = sum(_round(pool, state, model, number) for number in range(1, configuration.federation.num_rounds + 1))

@@ -13,6 +13,7 @@ from adadpigu_core.models import ModelSpec, build
 from adadpigu_core.parameters import flatten
 from simulations.display import introduce
 from simulations.oracle import oracle_scores
+from simulations.pooled import run
 from simulations.simulate import prepare, simulate
 
 
@@ -39,7 +40,7 @@ def settings(tmp_path):
 def test_it_finds_what_matters_and_leaves_the_model_alone(settings, measure):
     model = build(ModelSpec("linear", "relu", "none", (4,), 2), seed=0)
     start = flatten(model)
-    scores = oracle_scores(model, parse({**settings, "pretraining.measure": measure}))
+    scores = oracle_scores(parse({**settings, "pretraining.measure": measure}), model, 0.1)
     assert torch.equal(flatten(model), start)
     assert set(torch.argsort(scores[:8], descending=True)[:2].tolist()) == {3, 7}
 
@@ -58,7 +59,20 @@ def test_whoever_starts_or_reads_a_run_is_told(settings):
     assert "NOT PRIVATE" not in output.getvalue()
 
 
-def test_a_rate_that_follows_from_the_plan_is_none_for_an_oracle():
-    configuration = parse({"optimiser.local-learning-rate": 0.0})
-    with pytest.raises(ConfigurationError, match="local-learning-rate"):
-        oracle_scores(None, configuration)
+def test_it_follows_the_rate_of_the_plan(settings, monkeypatch):
+    """In a simulation as among equal clients that are simulated as one."""
+    seen = []
+
+    def watched(configuration, model, rate):
+        seen.append(rate)
+        return oracle_scores(configuration, model, rate)
+
+    monkeypatch.setattr("simulations.simulate.oracle_scores", watched)
+    settings |= {"optimiser.local-learning-rate": 0.0, "federation.num-clients": 2, "federation.num-rounds": 3}
+    settings |= {"pretraining.round-share": 0.0, "retention.initial-ratio": 0.5, "retention.schedule": "constant"}
+    result = simulate(prepare(settings), "in-process", lambda _: None)
+    assert seen == [result["learning_rate"]]
+    monkeypatch.setattr("simulations.pooled.oracle_scores", watched)
+    pooled = run(parse(settings))
+    assert seen[1:] == [pooled["learning_rate"]]
+    assert seen[1] == pytest.approx(seen[0])
