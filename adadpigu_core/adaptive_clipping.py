@@ -27,6 +27,7 @@ from torch import Tensor
 
 from adadpigu_core.exceptions import ConfigurationError, MessageError
 from adadpigu_core.grouping import groups, pool
+from adadpigu_core.learnt import taken
 from adadpigu_core.parameters import ParameterLayout
 
 _PIECE = 2**16  # coordinates
@@ -264,11 +265,8 @@ class RunningStatistics:
         Raises:
             MessageError: If it belongs to another model or granularity.
         """
-        own = self.state()
-        if any(name not in state or state[name].shape != own[name].shape for name in own):
-            text = "clipping: the model or the granularity changed during the run"
-            raise MessageError(text, text)
-        return replace(self, **{name: state[name] for name in own})  # type: ignore[arg-type]  # tensors all
+        kept = taken(state, self.state(), "clipping", "the model or the granularity")
+        return replace(self, **kept)  # type: ignore[arg-type]  # tensors all
 
     def _energy(self, mask: Tensor) -> Tensor:
         """Estimated squared signal of each coordinate, float64 [d]; zero everywhere if none is seen."""

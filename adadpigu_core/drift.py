@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from adadpigu_core.exceptions import MessageError
 from adadpigu_core.grouping import means
+from adadpigu_core.learnt import taken
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,4 @@ class Drift:
         Raises:
             MessageError: If it belongs to another model.
         """
-        own = self.state()
-        if any(name not in state or state[name].shape != own[name].shape for name in own):
-            text = "drift: the model changed during the run"
-            raise MessageError(text, text)
-        return Drift(**{name: state[name] for name in own})
+        return Drift(**taken(state, self.state(), "drift"))

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from adadpigu_core.adaptive_clipping import reliable
 from adadpigu_core.drift import Drift
-from adadpigu_core.exceptions import ConfigurationError, MessageError
+from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.grouping import groups, pool
+from adadpigu_core.learnt import taken
 from adadpigu_core.parameters import ParameterLayout
 
 SHRINKAGE_RULES = ("none", "energy", "drift")
@@ -136,10 +137,7 @@ class Shrinkage:
         Raises:
             MessageError: If it belongs to another model.
         """
-        own = self.state()
-        if any(name not in state or state[name].shape != own[name].shape for name in own):
-            text = "shrinkage: the model changed during the run"
-            raise MessageError(text, text)
-        if not own:
+        kept = taken(state, self.state(), "shrinkage")
+        if not kept:
             return self
-        return replace(self, drift=self.drift.restored(state), energy=state["energy"], doubt=state["doubt"])
+        return replace(self, drift=self.drift.restored(kept), energy=kept["energy"], doubt=kept["doubt"])

@@ -66,7 +66,9 @@ def test_rates_from_the_plan_are_those_of_these_weights(settings):
 def test_an_oracle_looks_at_these_weights(settings, monkeypatch):
     """Gradients at other weights would rank other coordinates."""
     seen = []
-    monkeypatch.setattr(pooled, "oracle_scores", lambda _, model, rate: seen.append(model) or oracle_scores(_, model, rate))
+    monkeypatch.setattr(
+        pooled, "oracle_scores", lambda _, model, rate: seen.append(model) or oracle_scores(_, model, rate)
+    )
     changes = {"pretraining.ranking": "oracle", "optimiser.local-learning-rate": 1e-9}
     configuration = parse({**settings, **changes})
     pooled.run(configuration)
