@@ -125,9 +125,9 @@ class RetentionSettings:
     """Progressive unfreezing: which share of the coordinates is trained, when."""
 
     schedule: str = _setting("linear", "how the share grows", choices=SCHEDULES)
-    initial_ratio: float = _setting(0.8, "share retained when training starts", above=0, most=1)
+    initial_ratio: float = _setting(0.9, "share retained when training starts", above=0, most=1)
     final_ratio: float = _setting(1.0, "share retained in the end (constant: without effect)", above=0, most=1)
-    period: float = _setting(0.2, "part of training over which the share grows", above=0, most=1)
+    period: float = _setting(0.1, "part of training over which the share grows", above=0, most=1)
     granularity: str = _setting("coordinate", "what is ranked and retained as a whole", choices=RETAINED_AS)
     rerank_every: int = _setting(0, "training rounds between rankings by all releases so far; 0: ranked once", least=0)
 
