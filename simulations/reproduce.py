@@ -27,6 +27,8 @@ from simulations.simulate import prepare, read_settings, resolved, resume, simul
 from simulations.tables import Method, Row, Table
 
 Watch = Callable[[int, int], AbstractContextManager[Progressing]]
+# the average of the weights stands beside the last iterate in every table; it moves nothing
+_ALWAYS: Mapping[str, Value] = {"optimiser.average-decay": 0.95}
 MARKDOWN, JSON, FEATURES = "table.md", "table.json", "features"
 # where and how a run was carried out is no part of what was run
 _ANYWHERE = ("runtime.", "federation.clients", "federation.round-timeout", "federation.start-timeout")
@@ -99,6 +101,7 @@ def runs(table: Table, seeds: int, output: Path) -> list[Run]:
 
 def _run(row: Row, method: Method, seed: int, output: Path, changes: Mapping[str, Value]) -> Run:
     flat = {
+        **_ALWAYS,
         **read_settings(row.settings),
         **row.changes(method),
         **changes,

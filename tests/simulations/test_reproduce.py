@@ -117,6 +117,7 @@ def test_a_table_is_made_goes_on_and_keeps_what_is_there(small, tmp_path):
     text = reproduce(table, 1, 1, output, unseen, said.append)
     assert said == ["one client, AdaDPIGU, seed 0", "one client, DP-SGD, seed 0"]
     assert "| one client |" in text
+    assert "in brackets: averaged weights" in text
     assert "DP-SGD" in text
     (output / "small-dp-sgd-seed-0" / RESULT).unlink()
     kept = (output / "small-adadpigu-seed-0" / RESULT).stat().st_mtime_ns
