@@ -29,7 +29,7 @@ from adadpigu_core.adaptive_clipping import (
 from adadpigu_core.augmentation import Views
 from adadpigu_core.datasets import Records, check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
-from adadpigu_core.gradients import check_gradients, check_rounding, cross_entropy
+from adadpigu_core.gradients import check_gradients, check_precision, check_rounding, cross_entropy
 from adadpigu_core.grouping import shared
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
@@ -108,7 +108,8 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
     model, _ = _model(request.model, request.layout, site)
     spec = request.model
     check_isolation(model, torch.rand(4, *spec.feature_shape, generator=torch.Generator().manual_seed(0)))
-    check_gradients(model, cross_entropy, spec.feature_shape, spec.num_classes, site.options)
+    check_gradients(model, cross_entropy, spec.feature_shape, spec.num_classes)
+    check_precision(model, cross_entropy, spec.feature_shape, spec.num_classes, site.options)
     if ledger.plan(request.run) is None:
         with _named_by_the_server():
             asked = _smaller(Target(request.target_epsilon, request.target_delta), site.target)
@@ -241,6 +242,8 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
         views.check(request.model.feature_shape)
     statistics = _statistics(request, memory, layout)
     spec = request.model
+    # again: a node may have been started with another precision, or on another device, since it was described
+    check_precision(model, cross_entropy, spec.feature_shape, spec.num_classes, site.options)
     guard = partial(check_rounding, model, cross_entropy, spec.feature_shape, spec.num_classes)
     guard(statistics.standardisation(mask))
     records = site.under(spec.features)

@@ -70,22 +70,14 @@ def disagreement(
     return float(torch.linalg.vector_norm(change, dim=1).median())
 
 
-def check_gradients(
-    model: nn.Module,
-    loss: Loss,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    options: GradientOptions = DEFAULTS,
-) -> None:
+def check_gradients(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int) -> None:
     """Compare the engine's gradients of made-up records with ordinary ones, on a copy of the model.
 
     Privacy: a rule that is wrong for this model would break the bound silently. Both the sum, for completeness, and
-    the gradient of each record beside others, for isolation, must be right. With less precision than float32, a
-    record must also leave the gradients of others as they are.
+    the gradient of each record beside others, for isolation, must be right.
 
     Raises:
         ModelError: They differ, or the engine has to refuse the model.
-        ConfigurationError: The precision does not keep records apart on this device.
     """
     copied = copy.deepcopy(model).eval()  # without dropout, so that two passes agree
     records = _made_up(_PROBES, input_shape, num_classes, torch.Generator().manual_seed(0))
@@ -101,14 +93,19 @@ def check_gradients(
             "mix records, and uses of parameters that torch does not show"
         )
         raise ModelError(text, text)
-    if options.precision != DEFAULTS.precision:
-        _check_neighbours(copied, loss, input_shape, num_classes, options)
 
 
-def _check_neighbours(
+def check_precision(
     model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int, options: GradientOptions
 ) -> None:
-    """Refuse a precision in which one more record changes what others contribute."""
+    """Refuse a precision in which one more record changes what others contribute; float32 needs no look.
+
+    Raises:
+        ConfigurationError: The precision does not keep records apart on this device.
+    """
+    if options.precision == DEFAULTS.precision:
+        return
+    model = copy.deepcopy(model).eval()  # without dropout, so that passes agree
     records = _made_up(max(_NEIGHBOURS) + 1, input_shape, num_classes, torch.Generator().manual_seed(0))
     identity = Standardisation.identity(ParameterLayout.of(model).num_parameters)
 

@@ -7,7 +7,14 @@ from torch import nn
 from adadpigu_core.adaptive_clipping import FixedStatistics, Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError, MessageError
-from adadpigu_core.gradients import GradientOptions, check_gradients, check_rounding, clipped_sum, cross_entropy
+from adadpigu_core.gradients import (
+    GradientOptions,
+    check_gradients,
+    check_precision,
+    check_rounding,
+    clipped_sum,
+    cross_entropy,
+)
 from adadpigu_core.local_training import train_round
 from adadpigu_core.parameters import ParameterLayout, flatten
 from adadpigu_core.private_step import Mechanism
@@ -89,15 +96,16 @@ HALF = GradientOptions(precision="bfloat16")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_keeps_the_records_of_ordinary_models_apart(make_model, make_records, kind):
-    check_gradients(make_model(kind), cross_entropy, tuple(make_records(kind, 1).features.shape[1:]), 3, HALF)
+    check_precision(make_model(kind), cross_entropy, tuple(make_records(kind, 1).features.shape[1:]), 3, HALF)
 
 
 def test_half_precision_that_mixes_records_by_a_bit_is_refused():
     """One bit of bfloat16 in what all others contribute: 1e-3 of C for each of them, which adds up."""
-    check_gradients(_Crowded(0.0), cross_entropy, (6,), 3, HALF)
+    check_precision(_Crowded(0.0), cross_entropy, (6,), 3, HALF)
     check_gradients(_Crowded(2**-8), cross_entropy, (6,), 3)  # in float32 there is nothing to refuse
+    check_precision(_Crowded(2**-8), cross_entropy, (6,), 3, GradientOptions())
     with pytest.raises(ConfigurationError, match="use float32") as refused:
-        check_gradients(_Crowded(2**-8), cross_entropy, (6,), 3, HALF)
+        check_precision(_Crowded(2**-8), cross_entropy, (6,), 3, HALF)
     assert "use float32" in refused.value.public_message
 
 

@@ -128,7 +128,8 @@ class TestDescribe:
         assert described.charged() == ([], [])
 
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-    def test_a_precision_that_mixes_records_is_refused(self, make_node, requests, monkeypatch, precision):
+    @pytest.mark.parametrize("at_first", [True, False], ids=["described", "trained"])
+    def test_a_precision_that_mixes_records_is_refused(self, make_node, requests, monkeypatch, precision, at_first):
         class Crowded(nn.Linear):
             def forward(self, x):
                 return super().forward(x) * (1 + 0.01 * (len(x) % 3) * torch.is_autocast_enabled("cpu"))
@@ -137,12 +138,17 @@ class TestDescribe:
             return nn.Sequential(OrderedDict(flatten=nn.Flatten(), output=Crowded(4, 3)))
 
         monkeypatch.setattr(client.node, "build", crowded)
-        node = make_node(precision=precision)
+        node = make_node(precision=precision if at_first else "float32")
         answer = node.ask(requests.describe())
+        if not at_first:  # as if the node had been started anew
+            assert isinstance(answer, Description)
+            node.config["precision"] = precision
+            answer = node.ask(requests.train(run="run-1"))
         if precision == "bfloat16":
             assert "use float32" in refused(answer, "configuration")
+            assert node.charged() == ([], [])
         else:
-            assert isinstance(answer, Description)
+            assert isinstance(answer, Description if at_first else TrainReply)
 
     def test_a_model_that_mixes_records_under_another_name_is_refused(self, node, monkeypatch):
         class Centred(nn.Module):
