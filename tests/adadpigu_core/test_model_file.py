@@ -179,7 +179,7 @@ def test_nothing_is_taken_from_a_file_of_which_one_part_is_bad(path):
     assert model_file.pack(model) == before
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile says what the test does on purpose
 def test_a_name_that_is_there_twice(path):
     with zipfile.ZipFile(path, "w") as archive:
         for _ in range(2):

@@ -43,8 +43,17 @@ FLOAT32_ERRORS = 6  # how many times worse than float32 autograd, beyond the rel
 REMEDY = re.compile(r"\b(replace|use|set|pass|give|return|call|write|make|move|wrap|rewrite|freeze|leave|must)\b", re.I)
 
 MASKS = (
-    "empty", "one", "tenth", "most", "without a layer", "only a layer", "full", "rows", "columns", "rows and columns",
-)  # fmt: skip
+    "empty",
+    "one",
+    "tenth",
+    "most",
+    "without a layer",
+    "only a layer",
+    "full",
+    "rows",
+    "columns",
+    "rows and columns",
+)
 MEANS = ("zero", "random", "near", "far")
 SCALES = ("unit", "coordinate", "layer", "tiny", "huge")
 NORMS = ("small", "typical", "infinite")

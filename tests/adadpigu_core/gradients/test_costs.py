@@ -18,11 +18,15 @@ class Mean(nn.Module):
 
 
 MODELS = {
-    "sequences": (lambda: nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32), Mean(), nn.Linear(32, 3)),
-                  (64, 32)),
-    "images": (lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.Tanh(), nn.Conv2d(16, 16, 3), Mean(), nn.Linear(16, 3)),
-               (8, 14, 14)),
-}  # fmt: skip
+    "sequences": (
+        lambda: nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32), Mean(), nn.Linear(32, 3)),
+        (64, 32),
+    ),
+    "images": (
+        lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.Tanh(), nn.Conv2d(16, 16, 3), Mean(), nn.Linear(16, 3)),
+        (8, 14, 14),
+    ),
+}
 
 
 def counted(work):

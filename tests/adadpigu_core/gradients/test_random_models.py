@@ -6,8 +6,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 MASKS = (
-    "empty", "one", "tenth", "most", "without a layer", "only a layer", "full", "rows", "columns", "rows and columns",
-)  # fmt: skip
+    "empty",
+    "one",
+    "tenth",
+    "most",
+    "without a layer",
+    "only a layer",
+    "full",
+    "rows",
+    "columns",
+    "rows and columns",
+)
 MEANS = ("zero", "random", "near", "far")
 SCALES = ("unit", "coordinate", "layer", "tiny", "huge")
 NORMS = ("small", "typical", "infinite")

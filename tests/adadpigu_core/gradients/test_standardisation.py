@@ -55,16 +55,27 @@ class Recurrent(nn.Module):
 MODELS = {
     "vectors": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,)),
     "sequences": (lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3), Mean()), (5, 4)),
-    "images": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Tanh(), nn.Linear(48, 3)),
-               (2, 6, 5)),
+    "images": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Tanh(), nn.Linear(48, 3)),
+        (2, 6, 5),
+    ),
     "words": (lambda: nn.Sequential(Tokens(), nn.Embedding(9, 4), Mean(), nn.Linear(4, 3)), (5,)),
     "attention": (Attention, (5, 4)),
     "recurrent": (Recurrent, (5, 4)),
     "several": (Several, (5, 4)),
-}  # fmt: skip
+}
 MASKS = (
-    "empty", "one", "tenth", "most", "without a layer", "only a layer", "full", "rows", "columns", "rows and columns",
-)  # fmt: skip
+    "empty",
+    "one",
+    "tenth",
+    "most",
+    "without a layer",
+    "only a layer",
+    "full",
+    "rows",
+    "columns",
+    "rows and columns",
+)
 
 
 def records_for(name, records_of, count):

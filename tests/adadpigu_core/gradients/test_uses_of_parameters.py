@@ -129,9 +129,14 @@ class Skipping(nn.Module):
 
 def test_unused(agree, built, records_of):
     """Their gradient is zero, and their u is -m a / b."""
-    settings = tuple(("full", mean, scale, norm) for mean, scale, norm in (
-        ("random", "layer", "typical"), ("far", "unit", "small"), ("random", "coordinate", "infinite"))
-    )  # fmt: skip
+    settings = tuple(
+        ("full", mean, scale, norm)
+        for mean, scale, norm in (
+            ("random", "layer", "typical"),
+            ("far", "unit", "small"),
+            ("random", "coordinate", "infinite"),
+        )
+    )
     agree(built(Skipping), records_of((4,)), settings=settings)
     agree(built(Skipping), records_of((4,)))
 

@@ -72,7 +72,7 @@ MODELS = {
     "recurrent": (Recurrent, (5, 4)),
     "slopes": (lambda: nn.Sequential(nn.Linear(4, 5), nn.PReLU(5), nn.Linear(5, 3)), (4,)),
     "twice": (Twice, (4,)),
-}  # fmt: skip
+}
 
 
 def records_for(name, records_of, count=3):

@@ -29,9 +29,22 @@ from simulations.benchmarks.worker import LeftOutError, Sample, Worker, serve
 from simulations.command_line import app
 
 KEYS = {
-    "model", "method", "layout", "batch", "median_ms", "cpu_ms", "min_ms", "max_ms", "repetitions", "ratio",
-    "cpu_ratio", "peak_mb", "peak_ratio", "speedup_over_opacus", "note",
-}  # fmt: skip
+    "model",
+    "method",
+    "layout",
+    "batch",
+    "median_ms",
+    "cpu_ms",
+    "min_ms",
+    "max_ms",
+    "repetitions",
+    "ratio",
+    "cpu_ratio",
+    "peak_mb",
+    "peak_ratio",
+    "speedup_over_opacus",
+    "note",
+}
 
 
 def task(method=PLAIN, layout=None, batch=4, limit_gb=10.0):
