@@ -23,6 +23,8 @@ from adadpigu_core.gradients.transform import Block
 from adadpigu_core.gradients.uses import UNDERFLOW, UNIT, Dense, Factors, Product, SquaredNorms, Use
 
 _MANY_POSITIONS = 48
+# Of gradients that are made at once on an accelerator, which has no small cache to stay in.
+_FLOATS_AT_ONCE = 2**26
 
 
 class Workspace:
@@ -148,7 +150,7 @@ def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
     mean = None if block.mean is None else use.arranged(block.mean)
     device = inverse_scale.device
     values = torch.empty(use.num_records, dtype=torch.float64, device=device)
-    chunk = use.chunk(len(inverse_scale)) if device.type == "cpu" else use.num_records
+    chunk = use.chunk(len(inverse_scale)) if device.type == "cpu" else max(1, _FLOATS_AT_ONCE // len(inverse_scale))
     scaled = inverse_scale.new_empty(min(chunk, use.num_records), len(inverse_scale))
     for first in range(0, use.num_records, chunk):
         last = min(first + chunk, use.num_records)

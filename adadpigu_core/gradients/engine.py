@@ -240,7 +240,8 @@ class _Pass:
             doubt += finished.squared_norms.doubt
         mean_norm: Tensor | float = 0.0
         if transform.standardised_mean is not None:
-            squares += transform.standardised_mean.double()[self._untouched()].square().sum()
+            for start, stop in self._untouched():
+                squares += transform.standardised_mean[start:stop].double().square().sum()
             mean_norm = torch.linalg.vector_norm(transform.standardised_mean, dtype=torch.float64)
         norms = squares.sqrt()
         slack = (squares + doubt).sqrt() - norms + _KERNELS * mean_norm
@@ -251,23 +252,24 @@ class _Pass:
         return norms, Factors(values, broken)
 
     def _add(self, factors: Factors, total: Tensor | None) -> Tensor:
-        first, end = total is None, 0
+        first, mean = total is None, self._task.transform.mean
         if total is None:
             total = torch.empty_like(self._task.transform.inverse_scale)
-        for finished in sorted(self._done, key=lambda finished: finished.start):
-            if first:
-                total[end : finished.start] = 0.0
+        for finished in self._done:
             finished.add(factors, total, first=first)
-            end = finished.stop
-        if first:
-            total[end:] = 0.0
-        if self._task.transform.mean is not None:
-            total -= factors.values.sum() * self._task.transform.mean * self._untouched()
+        for start, stop in self._untouched():
+            if first:
+                total[start:stop] = 0.0
+            if mean is not None:
+                total[start:stop] -= factors.values.sum() * mean[start:stop]
         return total
 
-    def _untouched(self) -> Tensor:
-        """Coordinates without gradient, whose standardised value is -a / b for every record; bool [d]."""
-        untouched = torch.ones_like(self._task.transform.inverse_scale, dtype=torch.bool)
-        for finished in self._done:
-            untouched[finished.start : finished.stop] = False
-        return untouched
+    def _untouched(self) -> Iterator[tuple[int, int]]:
+        """Runs of coordinates without gradient, whose standardised value is -a / b for every record."""
+        end = 0
+        for finished in sorted(self._done, key=lambda finished: finished.start):
+            if finished.start > end:
+                yield end, finished.start
+            end = finished.stop
+        if end < len(self._task.transform.inverse_scale):
+            yield end, len(self._task.transform.inverse_scale)

@@ -205,8 +205,11 @@ class Product(Use):
         total.view(errors.shape[2], -1).addmm_(errors.flatten(0, 1).t(), inputs.flatten(0, 1), beta=beta)
 
     def squared_norms(self, block: Block) -> SquaredNorms | None:
-        """The short cut for one position; for more, a gradient costs no more than the product it replaces."""
-        if self.inputs.shape[1] != 1:
+        """The short cut for one position; for more, a gradient costs no more than the product it replaces.
+
+        With a mean some records have to be corrected. An accelerator's host would have to wait to know which.
+        """
+        if self.inputs.shape[1] != 1 or (block.mean is not None and self.inputs.device.type != "cpu"):
             return None
         (e, e_size), (x, x_size) = _normalised(self.errors[:, 0]), _normalised(self.inputs[:, 0])
         size = (e_size * x_size).square()
