@@ -13,7 +13,8 @@ search moved them by 0.4 to 2.5. Where there is next to no noise both would be t
 clipping norm, and r C / (1 - m) is bounded as well: by 6, or where outputs hardly follow the weights, by 20 over their
 gain, which is at most 20.
 
-Everything is post-processing of public facts. Left out: schedules, and what depends on the curvature of the loss.
+Everything is post-processing of public facts. Left out: what depends on the curvature of the loss, and rates that fall
+during training, which lost accuracy wherever they were tried (simulations/LOG.md).
 """
 
 import math
