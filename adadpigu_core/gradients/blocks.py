@@ -15,6 +15,7 @@ Gradients are made a few records at a time, so that they are standardised, squar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ from adadpigu_core.gradients.transform import Block
 from adadpigu_core.gradients.uses import UNDERFLOW, UNIT, Dense, Factors, Product, SquaredNorms, Use
 
 _MANY_POSITIONS = 48
-# Of gradients that are made at once on an accelerator, which has no small cache to stay in.
-_FLOATS_AT_ONCE = 2**26
+# How many more gradients are made at once on an accelerator, which has no small cache to stay in: 256 MB of them.
+_MORE_ON_ACCELERATORS = 256
 
 
 class Workspace:
@@ -150,7 +151,7 @@ def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
     mean = None if block.mean is None else use.arranged(block.mean)
     device = inverse_scale.device
     values = torch.empty(use.num_records, dtype=torch.float64, device=device)
-    chunk = use.chunk(len(inverse_scale)) if device.type == "cpu" else max(1, _FLOATS_AT_ONCE // len(inverse_scale))
+    chunk = use.chunk(len(inverse_scale), 1 if device.type == "cpu" else _MORE_ON_ACCELERATORS)
     scaled = inverse_scale.new_empty(min(chunk, use.num_records), len(inverse_scale))
     for first in range(0, use.num_records, chunk):
         last = min(first + chunk, use.num_records)
@@ -167,13 +168,21 @@ def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
     return values
 
 
+def made_whole(uses: Sequence[Use]) -> bool:
+    """Whether the gradients of all records of a physical batch have to be there at once."""
+    return any(isinstance(use, Dense) for use in uses) or (len(uses) > 1 and not _joinable(uses))
+
+
+def _joinable(uses: Sequence[Use]) -> TypeGuard[Sequence[Product]]:
+    return all(type(use) is Product for use in uses)
+
+
 def _one(uses: Sequence[Use], shape: tuple[int, ...]) -> Use:
     """Put the uses of a parameter together: gradients add up before they are squared."""
     if len(uses) == 1:
         return uses[0]
-    products = [use for use in uses if type(use) is Product]
-    if len(products) == len(uses):
-        return Product.joined(products)
+    if _joinable(uses):
+        return Product.joined(uses)
     total, *others = (use.restored(use.gradients(0, use.num_records), shape) for use in uses)
     for gradients in others:
         total = total + gradients

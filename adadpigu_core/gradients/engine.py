@@ -10,6 +10,7 @@ difference but in rounding.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ class _Pass:
 
     def __init__(self, task: _Task) -> None:
         self._task = task
-        self._done: list[Finished] = []
+        self._done: list[Finished] = []  # in the order of their coordinates
 
     def run(self, features: Tensor, labels: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor]:
         """Give the norms of some records, float64 [n], and ``total`` with the sum of c_i (g_i - a) added."""
@@ -220,8 +221,18 @@ class _Pass:
             return model(rows).float()  # type: ignore[no-any-return]  # modules are not typed
 
     def _finish(self, tracked: Tracked, uses: list[Use]) -> None:
+        if not self._task.transform.retains(*tracked.run):  # some rows of a parameter, of which others are retained
+            return
+        at = bisect_left(self._done, tracked.start, key=lambda finished: finished.start)
+        if any(
+            other.start < sum(tracked.run) and tracked.start < other.stop
+            for other in self._done[max(0, at - 1) : at + 1]
+        ):
+            # squared twice and not added up before, it would make norms too small
+            text = f"a part of parameter {tracked.name} is counted twice; replace the module that uses it"
+            raise ModelError(text, text)
         block = self._task.transform.block(tracked.start, tuple(tracked.value.shape))
-        self._done.append(finish(tracked.start, block, uses, self._task.workspace))
+        self._done.insert(at, finish(tracked.start, block, uses, self._task.workspace))
 
     def _check_strays(self) -> None:
         """A parameter with an ordinary gradient was used where the recorder cannot see it."""
@@ -267,7 +278,7 @@ class _Pass:
     def _untouched(self) -> Iterator[tuple[int, int]]:
         """Runs of coordinates without gradient, whose standardised value is -a / b for every record."""
         end = 0
-        for finished in sorted(self._done, key=lambda finished: finished.start):
+        for finished in self._done:
             if finished.start > end:
                 yield end, finished.start
             end = finished.stop

@@ -9,10 +9,12 @@ A call without a rule raises `UnsupportedUseError`; see `generic` for what becom
 torch cannot see it, in compiled code for example, receives an ordinary gradient, which the engine looks for.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from adadpigu_core.exceptions import ModelError
-from adadpigu_core.gradients.uses import Use
+from adadpigu_core.gradients.uses import Dense, Use
 
 
 class UnsupportedUseError(Exception):
@@ -48,7 +50,7 @@ class Tracked:
     value: Tensor
 
     @property
-    def run(self) -> tuple[int, int]:
+    def run(self) -> "Run":
         """First coordinate, and number of coordinates."""
         return self.start, self.value.numel()
 
@@ -102,6 +104,36 @@ _HARMLESS = {
 }
 
 
+@cache
+def _signature(rule: Rule) -> inspect.Signature:
+    return inspect.signature(rule)
+
+
+def _takes(rule: Rule, *args: Any, **kwargs: Any) -> bool:
+    """Whether a rule knows a way of calling its function."""
+    try:
+        _signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+Run = tuple[int, int]
+"""First coordinate, and number of coordinates."""
+
+
+def _groups(runs: Iterable[Run]) -> list[list[Run]]:
+    """Divide runs into groups; runs of two groups have no coordinate in common."""
+    groups: list[list[Run]] = []
+    end = -1
+    for run in sorted(runs):
+        if run[0] >= end:
+            groups.append([])
+        groups[-1].append(run)
+        end = max(end, sum(run))
+    return groups
+
+
 def register_rule(*functions: Callable[..., Any]) -> Callable[[AnyRule], AnyRule]:
     """Register how calls of torch functions with parameters are recorded.
 
@@ -140,16 +172,15 @@ class Recorder(TorchFunctionMode):
         self.paused = False
         self.activations = 0  # floats that layers hold, inputs and outputs
         self._finished = finished
-        self._tracked = {
-            id(tensor): (tensor, Tracked(name, start, tensor.detach())) for name, (tensor, start) in parameters.items()
-        }
+        self._parameters = {name: Tracked(name, start, tensor.detach()) for name, (tensor, start) in parameters.items()}
+        self._tracked = {id(tensor): (tensor, self._parameters[name]) for name, (tensor, _) in parameters.items()}
         device = next(iter(parameters.values()))[0].device if parameters else None
         self._anchor = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
-        self._expected: Counter[tuple[int, int]] = Counter()
-        self._overlapping: set[tuple[int, int]] | None = None  # not known before all layers have run
-        self._held: set[tuple[int, int]] = set()
-        self._pending: dict[tuple[int, int], list[Use]] = defaultdict(list)
-        self._owners: dict[tuple[int, int], Tracked] = {}
+        self._expected: Counter[Run] = Counter()
+        self._overlapping: set[Run] | None = None  # not known before all layers have run
+        self._held: set[Run] = set()
+        self._pending: dict[Run, list[Use]] = defaultdict(list)
+        self._owners: dict[Run, Tracked] = {}
 
     @property
     def rows(self) -> int:
@@ -167,7 +198,7 @@ class Recorder(TorchFunctionMode):
         if touched is None:
             return func(*args, **kwargs)
         rule = RULES.get(func)
-        if rule is not None:
+        if rule is not None and _takes(rule, self, *args, **kwargs):
             return rule(self, *args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if name in _HARMLESS:
@@ -177,7 +208,9 @@ class Recorder(TorchFunctionMode):
             if not isinstance(value, Tensor):
                 return value
             name = "an attribute that is a tensor"
-        raise UnsupportedUseError(touched.name, f"is used by {name}, for which there is no rule")
+        raise UnsupportedUseError(
+            touched.name, f"is used by {name}, for which there is no rule, or none for such a call"
+        )
 
     def _first_tracked(self, values: Iterable[Any]) -> Tracked | None:
         for value in values:
@@ -271,27 +304,43 @@ class Recorder(TorchFunctionMode):
     def hold(self, tracked: Tracked) -> None:
         """Do not finish a parameter during the backward pass: `add` brings more uses of it."""
         self._held.add(tracked.run)
+        self._overlapping = None
 
     def add(self, tracked: Tracked, use: Use) -> None:
         """Take a use that was found otherwise, after the backward pass."""
         self._owners[tracked.run] = tracked
         self._pending[tracked.run].append(use)
 
-    def _overlaps(self, run: tuple[int, int]) -> bool:
+    def _overlaps(self, run: Run) -> bool:
         """Whether a parameter is used as a whole and in part."""
         if self._overlapping is None:
-            self._overlapping = set()
-            before, end = run, 0
-            for other in sorted(self._expected):
-                if other[0] < end:
-                    self._overlapping |= {before, other}
-                if sum(other) >= end:
-                    before, end = other, sum(other)
+            groups = _groups({*self._expected, *self._held})
+            self._overlapping = {run for group in groups if len(group) > 1 for run in group}
         return run in self._overlapping
 
     def rest(self) -> list[tuple[Tracked, list[Use]]]:
-        """Parameters that could not be finished during the backward pass, with all their uses."""
-        return [(self._owners[run], uses) for run, uses in self._pending.items()]
+        """Parameters that could not be finished during the backward pass, with all their uses.
+
+        Of a parameter that is used as a whole and in part, the gradients have to be added up before they are squared.
+        """
+        return [self._together(group) for group in _groups(self._pending)]
+
+    def _together(self, runs: list[Run]) -> tuple[Tracked, list[Use]]:
+        """Runs of one parameter that overlap, as one."""
+        first = self._owners[runs[0]]
+        if len(runs) == 1:
+            return first, self._pending[runs[0]]
+        whole = self._parameters[first.name]
+        start, stop = first.start, max(map(sum, runs))
+        row = whole.value[0].numel()
+        value = whole.value[(start - whole.start) // row : (stop - whole.start) // row]
+        gradients = torch.zeros(self.num_records, stop - start, dtype=torch.float32, device=value.device)
+        for run in runs:
+            shape = tuple(self._owners[run].value.shape)
+            for use in self._pending[run]:
+                found = use.restored(use.gradients(0, self.num_records), shape)
+                gradients[:, run[0] - start : sum(run) - start] += found.flatten(1)
+        return Tracked(first.name, start, value), [Dense(gradients.view(len(gradients), *value.shape))]
 
     def by_record(self, values: Tensor) -> Tensor:
         """View [n K, ..., F] as [n, T, F]: views and all inner dimensions are positions."""

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
+from adadpigu_core.gradients.blocks import made_whole
 from adadpigu_core.gradients.clipping import Augmentation
 from adadpigu_core.gradients.generic import Copies, RowArguments, owner, row_arguments
 from adadpigu_core.gradients.recorder import Recorder, Tracked, UnsupportedUseError, differentiate
@@ -28,6 +29,7 @@ from adadpigu_core.parameters import ParameterLayout
 
 _BYTES = 4
 _COPIES_OF_ACTIVATIONS = 2  # inputs and outputs of layers, and as much again for gradients
+_COPIES_OF_GRADIENTS = 3  # of single records where they are made as a whole: what is added up, kept, standardised
 _COPIES_OF_LARGEST = 3  # beside what a graph holds, while it is differentiated
 
 
@@ -83,15 +85,10 @@ def _look(
             break
         except UnsupportedUseError as error:
             modules = _with(model, modules, error)
-    copied = sum(
-        parameter.numel()
-        for path in modules
-        for parameter in model.get_submodule(path).parameters()
-        if parameter.requires_grad
-    )
     of_layers = _BYTES * _COPIES_OF_ACTIVATIONS * held.activations
     of_graph = held.saved + _COPIES_OF_LARGEST * held.largest
-    return Survey(without_rule, max(1, max(of_layers, of_graph) // len(made_up[-1]) + 3 * _BYTES * copied))
+    of_gradients = _BYTES * _COPIES_OF_GRADIENTS * held.gradients
+    return Survey(without_rule, max(1, max(of_layers, of_graph) // len(made_up[-1]) + of_gradients))
 
 
 def _views(features: Tensor, augmentation: Augmentation | None, device: torch.device) -> Tensor:
@@ -119,6 +116,8 @@ class _Held:
     def __init__(self, model: nn.Module) -> None:
         self.activations = 0
         """Floats in the inputs and outputs of layers with parameters."""
+        self.gradients = 0
+        """Floats of a record's gradients that are made as a whole."""
         self._lasting = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._sizes: dict[int, int] = {}
 
@@ -161,9 +160,14 @@ def _try(
     kept = [(parameter, parameter.grad) for parameter, _ in parameters.values()]
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         views = _views(features, augmentation, device)
-        recorder = Recorder(parameters, len(features), views.shape[1], _require_isolation)
-        copies = Copies(model, without_rule, recorder)
         held = _Held(model)
+
+        def finished(tracked: Tracked, uses: list[Use]) -> None:
+            held.gradients += tracked.value.numel() * made_whole(uses)
+            _require_isolation(tracked, uses)
+
+        recorder = Recorder(parameters, len(features), views.shape[1], finished)
+        copies = Copies(model, without_rule, recorder)
         with copies.in_place(), recorder, saved_tensors_hooks(held.count, lambda tensor: tensor):
             outputs = model(views.flatten(0, 1))
         held.activations = recorder.activations
@@ -171,7 +175,7 @@ def _try(
             _differentiate_first(model, outputs, views.shape[1])
             copies.collect()
             for tracked, uses in recorder.rest():
-                _require_isolation(tracked, uses)
+                finished(tracked, uses)
         finally:
             for parameter, gradient in kept:
                 parameter.grad = gradient

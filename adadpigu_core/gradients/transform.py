@@ -123,7 +123,7 @@ class Transform:
     mean: Tensor | None
     mask: Tensor
     _blocks: dict[tuple[int, tuple[int, ...]], Block] = field(default_factory=dict, init=False)
-    _retains: dict[int, bool] = field(default_factory=dict, init=False)
+    _retains: dict[tuple[int, int], bool] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, standardisation: Standardisation, device: torch.device) -> "Transform":
@@ -172,9 +172,9 @@ class Transform:
 
     def retains(self, start: int, size: int) -> bool:
         """Whether any coordinate of a run is retained."""
-        if start not in self._retains:
-            self._retains[start] = bool(self.mask[start : start + size].any())
-        return self._retains[start]
+        if (start, size) not in self._retains:
+            self._retains[start, size] = bool(self.mask[start : start + size].any())
+        return self._retains[start, size]
 
 
 _known: "WeakKeyDictionary[Standardisation, dict[torch.device, Transform]]" = WeakKeyDictionary()

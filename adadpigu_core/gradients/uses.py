@@ -109,9 +109,9 @@ class Use(ABC):
         """Bring [..., P] in the own order back to [..., *shape]."""
         return values.reshape((*values.shape[:-1], *shape))
 
-    def chunk(self, size: int) -> int:
-        """How many gradients of P numbers to make at a time on a CPU: what stays inside the cache."""
-        return max(1, _CACHED_FLOATS // size)
+    def chunk(self, size: int, times: int) -> int:
+        """How many gradients of P numbers to make at a time: so many times what stays inside a CPU's cache."""
+        return max(1, times * _CACHED_FLOATS // size)
 
 
 class Dense(Use):

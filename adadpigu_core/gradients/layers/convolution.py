@@ -112,9 +112,9 @@ class Filters(Use):
         inputs = self.inputs if part.columns is None else self.inputs.index_select(1, part.columns)
         return type(self)(inputs, errors, self.num_records, part.take(self._weight), self.geometry)
 
-    def chunk(self, size: int) -> int:
+    def chunk(self, size: int, times: int) -> int:
         """How many gradients to make at a time."""
-        return max(1, _CACHED_FLOATS // size)
+        return max(1, times * _CACHED_FLOATS // size)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Gradients of some records."""
@@ -152,10 +152,10 @@ class Patches(Filters):
     runs of whole rows.
     """
 
-    def chunk(self, size: int) -> int:
+    def chunk(self, size: int, times: int) -> int:
         """How many gradients to make at a time: their patches need room, too."""
         patches = self.positions * math.prod(self._shape[1:])
-        return max(1, _CACHED_PATCHES // (size + patches))
+        return max(1, times * _CACHED_PATCHES // (size + patches))
 
     def gradients(self, start: int, stop: int) -> Tensor:
         """Gradients of some records."""

@@ -94,27 +94,29 @@ def _split(recorder: Recorder, one: Any, other: Any) -> tuple[Tensor, Tracked, b
 
 
 @register_rule(torch.mul, torch.Tensor.mul, torch.multiply, torch.Tensor.multiply)
-def multiply(recorder: Recorder, one: Any, other: Any) -> Tensor:
+def multiply(recorder: Recorder, input: Any, other: Any) -> Tensor:  # the names are torch's
     """Record x * p and p * x."""
-    data, tracked, _ = _split(recorder, one, other)
+    data, tracked, _ = _split(recorder, input, other)
     return recorder.apply(Broadcast(Argument(tracked.value, tracked), product=True), data)
 
 
 @register_rule(torch.add, torch.Tensor.add)
-def add(recorder: Recorder, one: Any, other: Any, *, alpha: float = 1.0) -> Tensor:
+def add(recorder: Recorder, input: Any, other: Any, *, alpha: float = 1.0) -> Tensor:
     """Record x + p and p + x."""
-    data, tracked, data_first = _split(recorder, one, other)
-    signs = (1.0, float(alpha)) if data_first else (float(alpha), 1.0)
-    if signs[0] not in (1.0, -1.0):
-        raise UnsupportedUseError(tracked.name, "is used by add with alpha")
-    return recorder.apply(Broadcast(Argument(tracked.value, tracked), False, *signs), data)
+    return _added(recorder, input, other, float(alpha))
 
 
 @register_rule(torch.sub, torch.Tensor.sub)
-def subtract(recorder: Recorder, one: Any, other: Any) -> Tensor:
+def subtract(recorder: Recorder, input: Any, other: Any, *, alpha: float = 1.0) -> Tensor:
     """Record x - p and p - x."""
+    return _added(recorder, input, other, -float(alpha))
+
+
+def _added(recorder: Recorder, one: Any, other: Any, alpha: float) -> Tensor:
     data, tracked, data_first = _split(recorder, one, other)
-    signs = (1.0, -1.0) if data_first else (-1.0, 1.0)
+    signs = (1.0, alpha) if data_first else (alpha, 1.0)
+    if signs[0] not in (1.0, -1.0):
+        raise UnsupportedUseError(tracked.name, "is used by add or sub with alpha")
     return recorder.apply(Broadcast(Argument(tracked.value, tracked), False, *signs), data)
 
 

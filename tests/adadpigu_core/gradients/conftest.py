@@ -53,6 +53,7 @@ MASKS = (
     "rows",
     "columns",
     "rows and columns",
+    "third of the rows",
 )
 MEANS = ("zero", "random", "near", "far")
 SCALES = ("unit", "coordinate", "layer", "tiny", "huge")
@@ -204,6 +205,7 @@ def _standardisation(reference: Reference, mask: str, mean: str, scale: str, see
         "rows": _structured(reference.shapes, (0,), seed),
         "columns": _structured(reference.shapes, (1,), seed),
         "rows and columns": _structured(reference.shapes, (0, 1), seed) & (uniform < 0.8),
+        "third of the rows": _third(reference.shapes, seed % 3),
     }
     gradients = reference.gradients if len(reference.gradients) else torch.ones(1, d, dtype=torch.float64)
     typical = gradients.square().mean().sqrt()
@@ -235,6 +237,16 @@ def _structured(shapes: tuple[torch.Size, ...], dimensions: tuple[int, ...], see
                 chosen = torch.rand(shape[dimension], generator=generator) < 0.5
                 piece &= chosen.view([-1 if axis == dimension else 1 for axis in range(len(shape))])
         pieces.append(piece.flatten())
+    return torch.cat(pieces)
+
+
+def _third(shapes: tuple[torch.Size, ...], number: int) -> Tensor:
+    """One third of the rows of each parameter, such as the queries of attention."""
+    pieces = []
+    for shape in shapes:
+        count = shape[0] if shape else 1
+        chosen = 3 * torch.arange(count) // count == number
+        pieces.append(chosen.repeat_interleave(shape.numel() // count))
     return torch.cat(pieces)
 
 

@@ -2,7 +2,17 @@ import pytest
 import torch
 from torch import nn
 
+from adadpigu_core.adaptive_clipping import Standardisation
+from adadpigu_core.exceptions import ModelError
+from adadpigu_core.gradients import GradientOptions, check_gradients, clipped_sum, recorder
+from adadpigu_core.parameters import ParameterLayout
+
 EMBED = 8
+MOST = (
+    ("full", "zero", "unit", "typical"),
+    ("most", "random", "coordinate", "small"),
+    ("rows", "near", "layer", "small"),
+)
 
 
 def causal(length):
@@ -116,6 +126,62 @@ class Twice(nn.Module):
 
 def test_called_twice(agree, built, records_of):
     agree(built(Twice), records_of((5, EMBED)))
+
+
+class Sequence(nn.Module):
+    """Calls of one attention, to itself or to others, in some order."""
+
+    def __init__(self, order, **options):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(EMBED, 2, batch_first=True, **options), nn.Linear(EMBED, 3)
+        self.other, self.order = nn.Linear(EMBED, EMBED), order
+
+    def forward(self, x):
+        others = torch.tanh(self.other(x))[:, 1:]
+        for call in self.order:
+            seen = x if call == "itself" else others
+            x = x + self.attention(x, seen, seen, need_weights=False)[0]
+        return self.head(torch.tanh(x).mean(1))
+
+
+ORDERS = [
+    ("itself", "others"),
+    ("others", "itself"),
+    ("itself", "others", "itself"),
+    ("others", "others"),
+]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("limit", [None, 1], ids=["one batch", "record by record"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_called_in_both_ways(agree, built, records_of, order, limit, bias):
+    """The same matrix as a whole and in thirds: its gradients must be added up before they are squared."""
+    model = built(lambda: Sequence(order, bias=bias))
+    settings = (*(("third of the rows", mean, "layer", "small") for mean in ("zero", "random", "near")), *MOST)
+    agree(model, records_of((5, EMBED)), options=GradientOptions(memory_limit=limit), settings=settings)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_called_in_both_ways_is_accepted(built, cross_entropy, order):
+    check_gradients(built(lambda: Sequence(order)), cross_entropy, (5, EMBED), 3)
+
+
+def test_what_is_counted_twice_is_refused(monkeypatch, built, records_of, cross_entropy):
+    """If uses of overlapping coordinates were not put together."""
+    monkeypatch.setattr(recorder, "_groups", lambda runs: [[run] for run in runs])
+    model = built(lambda: Sequence(("itself", "others")))
+    given = Standardisation.identity(ParameterLayout.of(model).num_parameters)
+    with pytest.raises(ModelError, match="counted twice"):
+        clipped_sum(model, cross_entropy, records_of((5, EMBED)), given, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("positions", [1, 5])
+def test_a_third_alone_is_retained(agree, built, records_of, positions, seed):
+    settings = (("third of the rows", "random", "layer", "small"),)
+    model = built(lambda: Sequence(("others",)))
+    agree(model, records_of((positions + 1, EMBED)), settings=settings, seed=seed)
 
 
 class Encoder(nn.Module):

@@ -2,6 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from adadpigu_core.gradients import GradientOptions
+from adadpigu_core.gradients.uses import Product
+
 
 class Mean(nn.Module):
     """Average over everything between the first and the last dimension."""
@@ -61,6 +64,14 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_on_vectors(agree, built, records_of, name):
     agree(built(MODELS[name]), records_of((6,), 4))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_on_vectors_as_on_an_accelerator(agree, built, records_of, monkeypatch, name):
+    """There no record is corrected after the short cut, which is left where a mean takes part."""
+    short = Product.squared_norms
+    monkeypatch.setattr(Product, "squared_norms", lambda use, block: short(use, block) if block.mean is None else None)
+    agree(built(MODELS[name]), records_of((6,), 4), options=GradientOptions(memory_limit=2**14))
 
 
 # input [n, ...], positions first, features last; more positions than weights, and fewer

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.gradients import clipped_sum
 
 
@@ -124,8 +125,10 @@ def test_what_is_masked_is_never_looked_at(built, records_of, reference_of, stan
     given = standardisation_of(reference_of(model, records), "most", "random", "unit")
     expected = clipped_sum(model, cross_entropy, records, given, 0.1)
     for mean, scale in ((math.nan, 1.0), (math.inf, 1.0), (1e38, 1e-38), (0.0, 0.0), (0.0, math.nan)):
-        given.mean[~given.mask], given.scale[~given.mask] = mean, scale
-        result = clipped_sum(model, cross_entropy, records, given, 0.1)
+        other = Standardisation(  # a new one: what is prepared for one is kept
+            given.mask, given.mean.masked_fill(~given.mask, mean), given.scale.masked_fill(~given.mask, scale)
+        )
+        result = clipped_sum(model, cross_entropy, records, other, 0.1)
         assert torch.equal(result.total, expected.total), (mean, scale)
         assert torch.equal(result.norms, expected.norms), (mean, scale)
 

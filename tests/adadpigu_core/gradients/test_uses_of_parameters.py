@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
+from adadpigu_core.gradients import clipped_sum
+
 
 class Own(nn.Module):
     """Parameters of a module that is not a layer, over [n, 5, 4]."""
@@ -27,15 +29,48 @@ class Own(nn.Module):
             "token": lambda: torch.cat([self.own.expand(len(x), -1, -1), x], 1),
             "both": lambda: self.own * x + self.own.square(),
             "branch": lambda: x + self.own * torch.tanh(x),
+            "named": lambda: torch.add(input=torch.mul(input=x, other=self.own), other=self.own, alpha=-1),
+            "share": lambda: torch.sub(x, self.own, alpha=0.5) + torch.sub(self.own, x, alpha=1) * x,
+            "twice as much": lambda: torch.add(x, self.own, alpha=2),
         }[self.use]()
         return self.head(torch.tanh(x).mean(1))
 
 
-@pytest.mark.parametrize("use", ["scale", "shift", "positions", "temperature", "matrix", "token", "both", "branch"])
+USES = ["scale", "shift", "positions", "temperature", "matrix", "token", "both", "branch"]
+CALLS = ["named", "share", "twice as much"]
+
+
+@pytest.mark.parametrize("use", [*USES, *CALLS])
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_parameters_of_their_own(agree, built, records_of, use, count):
     """Five records of five positions: nothing may take one for the other."""
     agree(built(lambda: Own(use)), records_of((5, 4), count))
+
+
+class Halves(nn.Module):
+    """Two models of as many coordinates, of which a mask leaves other parameters out."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.parts = nn.ParameterList([torch.ones(size) for size in sizes])
+
+    def forward(self, x):
+        return torch.cat([x[:, :1] * part for part in self.parts], 1)[:, :3]
+
+
+def test_one_standardisation_for_two_models(
+    built, records_of, reference_of, standardisation_of, expected_of, compare, cross_entropy
+):
+    """What is known of one is not taken for the other's."""
+    records, given = records_of((4,)), None
+    for sizes in ((1, 5), (4, 2)):
+        model = built(lambda sizes=sizes: Halves(sizes))
+        reference = reference_of(model, records)
+        if given is None:
+            given = standardisation_of(reference, "full", "zero", "unit")
+            given.mask[0] = False
+        result = clipped_sum(model, cross_entropy, records, given, 1.0)
+        compare(result, expected_of(reference, given, 1.0), given)
 
 
 class Deep(nn.Module):
