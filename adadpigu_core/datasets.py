@@ -10,6 +10,7 @@ type and shape alone, never on the values: scaling by a data set's own mean woul
     npz:PATH                the user's own arrays, see `_features` for what is done to them
     csv:PATH, images:PATH   the user's own tables and images, see `own_files`; then as arrays
     text:PATH               the user's own texts, see `text`
+    python:PACKAGE.MODULE:FUNCTION   what a function of the user's own gives, in the shape that it has
 
 Left out: augmentation, and data sets that do not fit into memory.
 """
@@ -28,16 +29,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adadpigu_core import made_up, own_files
+from adadpigu_core import factories, made_up, own_files
 from adadpigu_core.data_dir import DATA_DIR_VARIABLE, located
 from adadpigu_core.exceptions import ConfigurationError, DataError
+from adadpigu_core.named_arrays import of_archive, of_function
 from adadpigu_core.text import TEXT_PREFIX, TextSource
 
-NPZ_PREFIX = "npz:"
+NPZ_PREFIX, PYTHON_PREFIX = "npz:", "python:"
+_NAMED_ARRAYS = (NPZ_PREFIX, PYTHON_PREFIX)
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar-10": "CIFAR10"}
 NAMES = ("digits", *_TORCHVISION, *made_up.NAMES)
 _PREFIXES = (NPZ_PREFIX, own_files.CSV_PREFIX, own_files.IMAGES_PREFIX, TEXT_PREFIX)
-CHOICES = ", ".join((*NAMES, *(f"{prefix}PATH" for prefix in _PREFIXES)))
+CHOICES = ", ".join((*NAMES, *(f"{prefix}PATH" for prefix in _PREFIXES), f"{PYTHON_PREFIX}PACKAGE.MODULE:FUNCTION"))
+_TASK_KEYS, _SITE_KEYS = ("x_train", "y_train", "x_test", "y_test"), (("x_train", "y_train"), ("x", "y"))
+_TASK_CHOICES = ((*_TASK_KEYS, "num_classes"), _TASK_KEYS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,12 +141,14 @@ def evaluated_on(data: DataSet, part: str) -> DataSet:
 
 def is_name(name: str) -> bool:
     """Whether a data set could be loaded by this name, as far as the name goes."""
+    if name.startswith(PYTHON_PREFIX):
+        return factories.is_factory(name.removeprefix(PYTHON_PREFIX))
     return name in NAMES or is_own(name)
 
 
 def is_own(name: str) -> bool:
-    """Whether a name means files of the user's own."""
-    return name.startswith(_PREFIXES)
+    """Whether a name means records of the user's own."""
+    return name.startswith((*_PREFIXES, PYTHON_PREFIX))
 
 
 def taken_apart(name: str) -> tuple[str, str]:
@@ -160,17 +167,17 @@ def load(name: str, *, root: str | None = None) -> DataSet:
     Args:
         name: One of ``NAMES``, or ``npz:PATH`` with the keys x_train, y_train, x_test, y_test and, where the labels do
             not show all classes, num_classes; csv: and images: are described in `own_files`. A relative path starts
-            at the current directory, or where nothing is there, in the folder of ADADPIGU_DATA_DIR.
+            at the current directory, or where nothing is there, in the folder of ADADPIGU_DATA_DIR. Behind ``python:``
+            stands a function that gives arrays under the same keys.
         root: Folder for torchvision's files; else the one in ADADPIGU_DATA_DIR, else ``~/.cache/adadpigu``.
 
     Raises:
         ConfigurationError: The name is unknown.
         DataError: The files are missing, damaged or do not hold a task.
     """
-    if name.startswith(NPZ_PREFIX):
-        path = _npz_path(name)
-        with _naming(path):
-            return _npz_data_set(path)
+    if name.startswith(_NAMED_ARRAYS):
+        with _naming(_place(name)):
+            return _arrays_data_set(_named_arrays(name, *_TASK_CHOICES), shaped=_is_shaped(name))
     if own_files.is_own(name) or name.startswith(TEXT_PREFIX):
         (x, y), (x_test, y_test) = _read_splits(name)
         with _naming(name):
@@ -188,6 +195,21 @@ def load(name: str, *, root: str | None = None) -> DataSet:
     return _torchvision(name, Path(folder).expanduser())
 
 
+def _named_arrays(name: str, *choices: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    if name.startswith(PYTHON_PREFIX):
+        return of_function(name.removeprefix(PYTHON_PREFIX), *choices)
+    return of_archive(_npz_path(name), *choices)
+
+
+def _is_shaped(name: str) -> bool:
+    """Whether features have the shape that they shall have, and no image is looked for in them."""
+    return name.startswith(PYTHON_PREFIX)
+
+
+def _place(name: str) -> object:
+    return _npz_path(name) if name.startswith(NPZ_PREFIX) else name
+
+
 def _read_splits(name: str) -> tuple[own_files.Pair, own_files.Pair]:
     if name.startswith(TEXT_PREFIX):
         return TextSource.of(name).split()
@@ -199,7 +221,7 @@ def load_records(source: str, *, root: str | None = None) -> Records:
 
     Args:
         source: As in `load`; the file of ``npz:PATH`` needs the keys x_train and y_train, or x and y. ``csv:PATH`` may
-            be one file, ``images:PATH`` one folder of classes.
+            be one file, ``images:PATH`` one folder of classes. Only the owner of a node may name a function.
         root: As in `load`.
 
     Returns:
@@ -213,11 +235,10 @@ def load_records(source: str, *, root: str | None = None) -> Records:
         x, y = TextSource.of(source).site() if source.startswith(TEXT_PREFIX) else own_files.read_site(source)
         with _naming(source):
             return _npz_records({"x": x, "y": y})
-    if not source.startswith(NPZ_PREFIX):
-        return load(source, root=root).train
-    path = _npz_path(source)
-    with _naming(path):
-        return _npz_records(_read_npz(path, ("x_train", "y_train"), ("x", "y")))
+    if source.startswith(_NAMED_ARRAYS):
+        with _naming(_place(source)):
+            return _npz_records(_named_arrays(source, *_SITE_KEYS), shaped=_is_shaped(source))
+    return load(source, root=root).train
 
 
 def check_records(records: Records, *, input_shape: Sequence[int], num_classes: int) -> None:
@@ -309,14 +330,10 @@ def _naming(place: object) -> Iterator[None]:
         raise DataError(f"{place}: {error}") from error
 
 
-def _npz_data_set(path: Path) -> DataSet:
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    return _arrays_data_set(_read_npz(path, (*keys, "num_classes"), keys))
-
-
-def _arrays_data_set(arrays: dict[str, NDArray[Any]]) -> DataSet:
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    train, test = (_npz_records({key: arrays[key] for key in pair}) for pair in (keys[:2], keys[2:]))
+def _arrays_data_set(arrays: dict[str, NDArray[Any]], *, shaped: bool = False) -> DataSet:
+    train, test = (
+        _npz_records({key: arrays[key] for key in pair}, shaped=shaped) for pair in (_TASK_KEYS[:2], _TASK_KEYS[2:])
+    )
     shown = np.array(1 + max([*train.labels.tolist(), *test.labels.tolist()], default=0))
     declared = _whole_numbers("num_classes", arrays.get("num_classes", shown)).ravel().tolist()
     if len(declared) != 1 or declared[0] < 2:
@@ -327,33 +344,9 @@ def _arrays_data_set(arrays: dict[str, NDArray[Any]]) -> DataSet:
     return DataSet(train, test, declared[0])
 
 
-def _read_npz(path: Path, *choices: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    """Read the first choice of keys that an archive has. It is not trusted: nothing in it is unpickled."""
-    arrays: dict[str, NDArray[Any]] = {}
-    key = "the file"
-    try:
-        # Opened here, because numpy forgets to close a file that it cannot make sense of.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            present = list(archive.files)
-            for key in next((keys for keys in choices if set(keys) <= set(present)), ()):
-                arrays[key] = archive[key]
-    except FileNotFoundError as error:
-        raise DataError("there is no such file") from error
-    except Exception as error:  # zipfile and numpy raise a dozen types on damaged files
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{key} cannot be read ({reason}); write numeric arrays with numpy.savez") from error
-    if not arrays:
-        wanted = " or ".join(", ".join(keys) for keys in reversed(choices))
-        raise DataError(f"the file holds {present}; write it with numpy.savez under the keys {wanted}")
-    for name, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            raise DataError(f"{name} holds {array.dtype} values; store numbers")
-    return arrays
-
-
-def _npz_records(pair: dict[str, NDArray[Any]]) -> Records:
+def _npz_records(pair: dict[str, NDArray[Any]], *, shaped: bool = False) -> Records:
     (x_key, x), (y_key, y) = pair.items()
-    features, labels = _features(x), _whole_numbers(y_key, y)
+    features, labels = _features(x, shaped=shaped), _whole_numbers(y_key, y)
     with _naming(f"{x_key}, {y_key}"):
         return Records(torch.from_numpy(features), torch.from_numpy(labels))
 
@@ -368,13 +361,15 @@ def _whole_numbers(key: str, array: NDArray[Any]) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _features(raw: NDArray[Any]) -> NDArray[np.float32]:
+def _features(raw: NDArray[Any], *, shaped: bool = False) -> NDArray[np.float32]:
     """Turn an array into float32 features, by its type and shape alone.
 
-    uint8 is taken for pixels and divided by 255; other types keep their values. [n, H, W] becomes
-    [n, 1, H, W]. [n, H, W, C] with C = 1 or 3 becomes [n, C, H, W], unless the second dimension is 1 or 3 itself.
+    uint8 is taken for pixels and divided by 255; other types keep their values. Unless it has its shape already, [n, H,
+    W] becomes [n, 1, H, W]. [n, H, W, C] with C = 1 or 3 becomes [n, C, H, W], unless the second dimension is 1 or 3.
     """
-    if raw.ndim == 3:
+    if shaped:
+        pass
+    elif raw.ndim == 3:
         raw = raw[:, None]
     elif raw.ndim == 4 and raw.shape[3] in (1, 3) and raw.shape[1] not in (1, 3):
         raw = raw.transpose(0, 3, 1, 2)

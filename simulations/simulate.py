@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -283,7 +284,8 @@ def _absolute_weights(weights: str) -> str:
 
 
 def _default_output(configuration: Configuration) -> str:
-    name = Path(datasets.taken_apart(configuration.task.dataset)[1].partition("#")[0]).stem
+    prefix, place = datasets.taken_apart(configuration.task.dataset)
+    name = Path(place.partition("#")[0]).stem if prefix else re.sub(r"[:.]", "-", place)
     return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

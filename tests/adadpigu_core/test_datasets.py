@@ -1,5 +1,6 @@
 """Records, where they come from, and what is said when they cannot be read."""
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import datasets
 
-from adadpigu_core.datasets import NAMES, DataSet, Records, check_records, load, load_records
+from adadpigu_core.datasets import NAMES, DataSet, Records, check_records, is_name, load, load_records
 from adadpigu_core.exceptions import ConfigurationError, DataError
 
 needs_files = pytest.mark.skipif(
@@ -330,6 +331,67 @@ def test_damaged_files_are_refused_or_read_unchanged(tmp_path_factory, data):
     except DataError:
         return
     assert found == good
+
+
+@pytest.fixture
+def function(tmp_path, monkeypatch):
+    """Install a module with a function ``load`` of this body; gives its name as a source."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = (f"own_records_{number}" for number in itertools.count())
+    made = []
+
+    def make(body):
+        made.append(next(names))
+        (tmp_path / f"{made[-1]}.py").write_text(f"import numpy as np\nimport torch\ndef load():\n    {body}\n")
+        return f"python:{made[-1]}:load"
+
+    yield make
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+def test_records_of_a_function_keep_their_shape(function):
+    source = function(
+        "return {'x_train': np.ones((6, 3, 7)), 'y_train': [0, 1, 2, 0, 1, 2], "
+        "'x_test': torch.ones(2, 3, 7), 'y_test': torch.tensor([0, 1]), 'num_classes': 4, 'more': 'text'}"
+    )
+    data = load(source)
+    assert data.input_shape == (3, 7)
+    assert data.num_classes == 4
+    assert len(load_records(source)) == len(data.train) == 6
+
+
+def test_a_site_of_a_function(function):
+    records = load_records(function("return {'x': np.full((4, 2, 3, 3), 255, dtype=np.uint8), 'y': np.arange(4)}"))
+    assert records.features.shape == (4, 2, 3, 3)
+    assert bool((records.features == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return {'x_train': np.ones((6, 2))}", ["x_train", "y_test", "give arrays"]),
+        ("return [1, 2]", ["must give arrays by name", "AttributeError"]),
+        ("raise OSError('no such share')", ["it failed", "no such share"]),
+        ("return dict.fromkeys(('x_train', 'y_train', 'x_test', 'y_test'), np.array(['a']))", ["x_train", "numbers"]),
+        ("return dict.fromkeys(('x_train', 'y_train', 'x_test', 'y_test'), np.full((2, 2), np.nan))", ["y_train"]),
+        ("return sys", ["it failed", "NameError"]),
+        ("return {", ["cannot be imported"]),
+    ],
+)
+def test_what_is_wrong_with_a_function_is_named(function, body, words):
+    source = function(body)
+    with pytest.raises(DataError) as caught:
+        load(source)
+    assert all(word in str(caught.value) for word in [source, *words]), str(caught.value)
+    assert caught.value.public_message == ""
+
+
+@pytest.mark.parametrize("path", ["", "load", "a:b:c", "os.system('x'):load", "../records.py:load"])
+def test_a_function_needs_an_import_path(path):
+    assert not is_name(f"python:{path}")
+    with pytest.raises(DataError, match="import path"):
+        load_records(f"python:{path}")
 
 
 def test_import_is_light():

@@ -1,6 +1,8 @@
 """Records and models of the user's own, from the command to the result."""
 
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,3 +41,29 @@ def test_a_model_that_is_not_installed(adadpigu, tiny, folder, own):
     result = adadpigu("--output", folder, settings=settings)
     assert result.exit_code == 2
     assert "no_such_networks:net: cannot be imported on this machine" in result.stderr
+
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "own-task.md"
+
+
+def test_the_guide_to_a_new_modality(adadpigu, run_in, folder, tmp_path, monkeypatch):
+    """Its files, as they are printed there, and what it says comes out."""
+    text = GUIDE.read_text(encoding="utf-8")
+    files = re.findall(r"`([\w.]+)` [^\n]*\n(?:[^\n]+\n)?\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert [name for name, _ in files] == ["waves.py", "waves_network.py", "waves.toml"]
+    for name, content in files:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = adadpigu("--config", tmp_path / "waves.toml", "--output", folder)
+    assert result.exit_code == 0, result.output
+    assert run_in(folder).json()["accuracy"] > 0.97
+
+
+def test_a_function_that_is_not_there(adadpigu, tiny, folder):
+    result = adadpigu("--output", folder, settings={**tiny, "task.dataset": "python:no_such_records:load"})
+    assert result.exit_code == 1
+    assert "python:no_such_records:load: cannot be imported" in result.stderr
+    assert "PYTHONPATH" in result.stderr
+    result = adadpigu("--output", folder, settings={**tiny, "task.dataset": "python:records.py"})
+    assert result.exit_code == 2
+    assert "task.dataset" in result.stderr
