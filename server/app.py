@@ -32,7 +32,7 @@ from adadpigu_core.provenance import code_fingerprint
 from server.earlier_runs import known_charges
 from server.evaluation import evaluator
 from server.exchange import Wait, sleep
-from server.outcome import outcome
+from server.outcome import Watch, best_accuracy, outcome
 from server.public_importance import public_scores
 from server.round_report import RoundReport, ignore
 from server.run_folder import CONFIGURATION, MODEL, PRIVACY, RESULT, Checkpoint, RunFolder
@@ -43,6 +43,7 @@ from server.strategy import AdaDPIGU, EvaluateFn
 # Given the model at its first weights, and the rate of a client's steps.
 Oracle = Callable[[Configuration, nn.Module, float], Tensor]
 log = logging.getLogger("flwr")  # what Flower shows while a run works
+warnings = logging.getLogger("adadpigu.server")
 app = ServerApp()
 
 
@@ -118,10 +119,14 @@ def run(
         model.load_state_dict(arrays.to_torch_state_dict())
         return MetricRecord(dict(evaluate(flatten(model)).metrics))
 
+    watch = Watch(best_accuracy(folder.metrics()))
+
     def record(report: RoundReport) -> None:
         line = asdict(report)
         evaluated = line.pop("metrics")
         folder.add_metrics({**line, **evaluated})
+        if astray := watch.see(evaluated):
+            warnings.warning("round %d: %s", report.round, astray)
         folder.write_json(PRIVACY, _privacy(strategy))
         folder.save_checkpoint(*state.dump())
         observer(report)

@@ -11,6 +11,7 @@ from server.evaluation import Evaluate, Evaluation
 from server.optimiser import ServerOptimiser
 
 _LOSS_OF_ACCURACY = 0.1
+_REMEDY = "lower optimiser.local-learning-rate or raise optimiser.warmup-rounds"
 
 
 def outcome(
@@ -33,18 +34,47 @@ def outcome(
     found: dict[str, Any] = dict(last.metrics)
     if optimiser.average is not None:
         found["average"] = evaluate(optimiser.average).metrics
-    best = max((line["accuracy"] for line in rounds if line.get("accuracy") is not None), default=0.0)
-    found["diverged"] = _divergence(last, best, test)
+    found["diverged"] = _divergence(last, best_accuracy(rounds), test)
     return found
 
 
+class Watch:
+    """Notices while a run goes on that training goes astray, and says so once.
+
+    Args:
+        best: Best accuracy so far.
+    """
+
+    def __init__(self, best: float = 0.0) -> None:
+        self._best = best
+        self._said = False
+
+    def see(self, metrics: Mapping[str, float]) -> str:
+        """Look at an evaluation; what is to be said of it, mostly nothing."""
+        if self._said or "accuracy" not in metrics:
+            return ""
+        found = _collapse(metrics["accuracy"], metrics["loss"], self._best, "now")
+        self._best, self._said = max(self._best, metrics["accuracy"]), bool(found)
+        return found
+
+
+def best_accuracy(rounds: Iterable[Mapping[str, Any]]) -> float:
+    """Best of those that are known; 0 if none is."""
+    return max((line["accuracy"] for line in rounds if line.get("accuracy") is not None), default=0.0)
+
+
 def _divergence(last: Evaluation, best: float, test: Records) -> str:
-    remedy = "lower optimiser.local-learning-rate or raise optimiser.warmup-rounds"
     commonest = float(torch.bincount(test.labels).max()) / max(1, len(test)) if len(test) else 0.0
-    if not math.isfinite(last.loss):
-        return f"training has diverged: the loss is not a number; {remedy}"
-    if last.accuracy < best - _LOSS_OF_ACCURACY:
-        return f"training has diverged: accuracy was {best:.4f} and is {last.accuracy:.4f} at the end; {remedy}"
+    if found := _collapse(last.accuracy, last.loss, best, "at the end"):
+        return found
     if last.accuracy <= commonest:
-        return f"nothing was learnt: always guessing the commonest class is right as often ({commonest:.4f}); {remedy}"
+        return f"nothing was learnt: always guessing the commonest class is right as often ({commonest:.4f}); {_REMEDY}"
+    return ""
+
+
+def _collapse(accuracy: float, loss: float, best: float, when: str) -> str:
+    if not math.isfinite(loss):
+        return f"training has diverged: the loss is not a number; {_REMEDY}"
+    if accuracy < best - _LOSS_OF_ACCURACY:
+        return f"training has diverged: accuracy was {best:.4f} and is {accuracy:.4f} {when}; {_REMEDY}"
     return ""

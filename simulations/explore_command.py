@@ -63,6 +63,11 @@ def _explore(config: Path | None, overrides: list[str], rates: str, seeds: range
         found = [_runs(configuration, rate, seeds, name) for name, configuration in tried]
         for (name, _), results in zip(tried, found, strict=True):
             console.print(f"{name}: {_line(results)}" if name else _line(results), highlight=False)
+            failed_runs = [result["diverged"] for result in results if result["diverged"]]
+            if failed_runs:
+                console.print(
+                    f"[yellow]{len(failed_runs)} of {len(results)} runs: {failed_runs[0]}[/yellow]", highlight=False
+                )
         if against:
             console.print(f"difference: {_difference(*found)}", highlight=False)
 

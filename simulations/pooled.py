@@ -37,6 +37,7 @@ from server.app import model_spec
 from server.evaluation import evaluator
 from server.learning import learn, rerank
 from server.learning_rate import automatic, output_gain
+from server.outcome import outcome
 from server.public_importance import public_scores
 from server.schedule import EVERYONE, Schedule
 from server.starting_weights import start_from
@@ -99,7 +100,8 @@ def run(configuration: Configuration) -> dict[str, Any]:
     """Train as the federation would.
 
     Returns:
-        Quality on test data, ``bytes_up`` (released coordinates alone), ``learning_rate``, and ``not_private``.
+        Quality on test data and ``diverged``, as `server.outcome` has them, ``bytes_up`` (released coordinates alone),
+        ``learning_rate``, and ``not_private``.
 
     Raises:
         ConfigurationError: If clients are not equal, or the settings need messages.
@@ -123,9 +125,8 @@ def run(configuration: Configuration) -> dict[str, Any]:
     if configuration.pretraining.ranking == PUBLIC:
         state.importance.reveal(public_scores(model, spec))
     sent = sum(_round(pool, state, model, number) for number in range(1, configuration.federation.num_rounds + 1))
-    quality = evaluator(model, test)(state.optimiser.weights)
     return {
-        **quality.metrics,
+        **outcome(state.optimiser, evaluator(model, test), test, []),
         "bytes_up": sent * pool.num_clients * _BYTES,
         "learning_rate": configuration.optimiser.local_learning_rate,
         "not_private": not_private(configuration),

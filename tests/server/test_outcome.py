@@ -7,7 +7,7 @@ from adadpigu_core.configuration import OptimiserSettings
 from adadpigu_core.datasets import Records
 from server.evaluation import Evaluation
 from server.optimiser import ServerOptimiser
-from server.outcome import outcome
+from server.outcome import Watch, best_accuracy, outcome
 
 TEST = Records(torch.zeros(10, 1), torch.tensor([0] * 3 + [1] * 3 + [2] * 4))
 EVERYTHING = torch.ones(2, dtype=torch.bool)
@@ -33,6 +33,22 @@ def test_divergence_is_noticed_and_nothing_else_is(accuracy, loss, before, words
     found = said(accuracy, loss, before)["diverged"]
     assert (words in found) if words else found == ""
     assert not found or "local-learning-rate" in found
+
+
+def test_it_is_said_once_while_the_run_goes_on():
+    watch = Watch()
+    seen = [watch.see(metrics) for metrics in ({"accuracy": 0.8, "loss": 1.0}, {}, {"accuracy": 0.75, "loss": 1.0})]
+    assert seen == ["", "", ""]
+    assert "accuracy was 0.8000 and is 0.6500 now" in watch.see({"accuracy": 0.65, "loss": 3.0})
+    assert watch.see({"accuracy": 0.1, "loss": float("nan")}) == ""
+
+
+def test_a_run_that_goes_on_knows_what_was_before():
+    lines = [{"accuracy": 0.5}, {"round": 2}, {"accuracy": 0.9}, {"accuracy": None}]
+    assert best_accuracy(lines) == 0.9
+    assert "was 0.9000" in Watch(best_accuracy(lines)).see({"accuracy": 0.2, "loss": 1.0})
+    assert best_accuracy([]) == 0
+    assert "not a number" in Watch().see({"accuracy": 0.1, "loss": float("inf")})
 
 
 def test_the_average_stands_beside_the_last_iterate():

@@ -14,6 +14,7 @@ from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.models import ModelSpec, build
 from adadpigu_core.parameters import ParameterLayout, flatten
+from server import outcome
 from server.run_folder import RESULT
 from server.state import ServerState
 from simulations.command_line import app
@@ -137,3 +138,12 @@ def test_the_command(settings, tmp_path):
     assert "difference: accuracy +0.00 ± 0.00" in same.output
     oracle = CliRunner().invoke(app, ["explore", *arguments, "-c", "pretraining.ranking=oracle", "--seeds", "1"])
     assert "NOT PRIVATE" in oracle.output
+
+
+def test_runs_that_went_astray_are_counted(settings, monkeypatch):
+    arguments = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+    assert "runs: " not in CliRunner().invoke(app, ["explore", *arguments, "--seeds", "2"]).output
+    monkeypatch.setattr(outcome, "_LOSS_OF_ACCURACY", -2.0)  # now everything is worse than what was before
+    output = CliRunner().invoke(app, ["explore", *arguments, "--seeds", "2"]).output
+    assert "2 of 2 runs: training has diverged" in output
+    assert "lower optimiser.local-learning-rate" in output
