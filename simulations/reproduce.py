@@ -23,7 +23,7 @@ from adadpigu_core.settings_file import read_toml
 from server.run_folder import CONFIGURATION, RESULT, RunFolder
 from simulations import table_report
 from simulations.display import Progressing
-from simulations.simulate import prepare, read_settings, resolved, resume, simulate
+from simulations.simulate import StopAfter, prepare, read_settings, resolved, resume, simulate
 from simulations.tables import Method, Row, Table
 
 Watch = Callable[[int, int], AbstractContextManager[Progressing]]
@@ -53,7 +53,15 @@ class Run:
     folder: Path
 
 
-def reproduce(table: Table, seeds: int, jobs: int, output: Path, watch: Watch, say: Callable[[str], None]) -> str:
+def reproduce(
+    table: Table,
+    seeds: int,
+    jobs: int,
+    output: Path,
+    watch: Watch,
+    say: Callable[[str], None],
+    stop_after: StopAfter | None = None,
+) -> str:
     """Run what is missing of a table, and write it as Markdown, which is returned, and as JSON.
 
     Args:
@@ -63,8 +71,10 @@ def reproduce(table: Table, seeds: int, jobs: int, output: Path, watch: Watch, s
         output: Folder of the runs.
         watch: Shows the progress of a run, given its rounds and how many are done, where there is one at a time.
         say: Told which run begins or is done.
+        stop_after: When to end, between two rounds; for one run at a time.
 
     Raises:
+        StoppedError: If ``stop_after`` has ended it. What is done is kept.
         ConfigurationError: If settings cannot be used, or the folder holds runs with others.
         AdaDPIGUError: If a run failed.
     """
@@ -74,9 +84,11 @@ def reproduce(table: Table, seeds: int, jobs: int, output: Path, watch: Watch, s
         if jobs > 1:
             _side_by_side(missing, jobs, say)
         else:
-            for run in missing:
+            for number, run in enumerate(missing):
+                if stop_after is not None and number > 0:
+                    stop_after.before_another_run()
                 say(run.title)
-                _carry_out(run, watch)
+                _carry_out(run, watch, stop_after)
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in planned:
         result = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
@@ -127,11 +139,11 @@ def _is_done(run: Run) -> bool:
     return (run.folder / RESULT).exists()
 
 
-def _carry_out(run: Run, watch: Watch) -> None:
+def _carry_out(run: Run, watch: Watch, stop_after: StopAfter | None) -> None:
     begun = (run.folder / CONFIGURATION).exists()
     simulation = resume(run.folder) if begun else prepare({**run.flat, "runtime.output": str(run.folder)})
     with watch(simulation.configuration.federation.num_rounds, simulation.done) as progress:
-        simulate(simulation, "in-process", progress.show)
+        simulate(simulation, "in-process", progress.show, stop_after=stop_after)
 
 
 def _side_by_side(missing: list[Run], jobs: int, say: Callable[[str], None]) -> None:

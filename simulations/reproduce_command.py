@@ -1,5 +1,6 @@
 """The command ``adadpigu reproduce``: tables of results, made again."""
 
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from adadpigu_core.exceptions import AdaDPIGUError
+from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
 from simulations.failure import failed
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ the folder that ADADPIGU_FEATURES_DIR names (1.1 GB for MNIST under scattering).
   adadpigu reproduce cifar10-central -c task.dataset=npz:my_copy_of_cifar10.npz
       with one setting changed in all runs
 
+  adadpigu reproduce cifar10-wrn --seeds 1 --stop-after 8
+      in pieces of eight minutes: the same command again and again, until the table is printed
+
   adadpigu reproduce my_table.toml
       a table of your own, written like those in simulations/experiments/tables
 """
@@ -43,8 +47,15 @@ def reproduce(
     override: Annotated[
         list[str] | None, typer.Option("-c", metavar="KEY=VALUE", help="One setting, in all runs.")
     ] = None,
+    stop_after: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES", min=0, help="End before the round that would take longer; call again to go on."
+        ),
+    ] = None,
 ) -> None:
     """Make a table, or list what there is."""
+    deadline = None if stop_after is None else time.monotonic() + 60 * stop_after  # what is imported below counts too
     from simulations import tables
     from simulations.command_line import parse_overrides
 
@@ -52,7 +63,7 @@ def reproduce(
     try:
         if table:
             changed = replace(tables.load(table), changes=parse_overrides(override or []))
-            _make(console, changed, seeds, jobs, output)
+            _make(console, changed, seeds, jobs, output, deadline)
         else:
             _list(console, [tables.load(name) for name in tables.names()])
     except AdaDPIGUError as error:
@@ -62,12 +73,22 @@ def reproduce(
         raise typer.Exit(130) from None
 
 
-def _make(console: Console, table: "tables.Table", seeds: int, jobs: int, output: Path | None) -> None:
+def _make(
+    console: Console, table: "tables.Table", seeds: int, jobs: int, output: Path | None, deadline: float | None
+) -> None:
     from simulations.display import progressing
     from simulations.reproduce import reproduce as make
+    from simulations.simulate import StopAfter, StoppedError
 
+    if deadline is not None and jobs > 1:
+        raise ConfigurationError("--stop-after: runs side by side are not stopped between two rounds; leave out --jobs")
     folder = output or Path("runs") / f"table-{table.name}"
-    text = make(table, seeds, jobs, folder, partial(progressing, console), partial(console.print, highlight=False))
+    watch, say = partial(progressing, console), partial(console.print, highlight=False)
+    try:
+        text = make(table, seeds, jobs, folder, watch, say, None if deadline is None else StopAfter(deadline))
+    except StoppedError as stopped:
+        console.print(f"{stopped} The same command goes on with the table.", highlight=False)
+        return
     console.print(text, markup=False, soft_wrap=True, highlight=False)
 
 

@@ -59,6 +59,15 @@ class StopAfter:
         if metrics["round"] < num_rounds and self._clock() + self._longest > self._deadline:
             raise StoppedError(f"Stopped after round {metrics['round']} of {num_rounds}.")
 
+    def before_another_run(self) -> None:
+        """Look at the clock between two runs of a table.
+
+        Raises:
+            StoppedError: If a round of the next one would not be over in time.
+        """
+        if self._clock() + self._longest > self._deadline:
+            raise StoppedError("Stopped between two runs.")
+
 
 @dataclass(frozen=True)
 class Simulation:

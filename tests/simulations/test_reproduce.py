@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.settings_file import read_toml
 from server.run_folder import CONFIGURATION, METRICS, RESULT
 from simulations import process_tree, table_report, tables
+from simulations.command_line import app
 from simulations.reproduce import JSON, reproduce, runs
 from simulations.simulate import read_settings
 
@@ -130,6 +132,18 @@ def test_a_table_is_made_goes_on_and_keeps_what_is_there(small, tmp_path):
     (tmp_path / "small.toml").write_text(SETTINGS.replace("num-rounds = 2", "num-rounds = 3"))
     with pytest.raises(ConfigurationError, match="num-rounds"):
         reproduce(table, 1, 1, output, unseen, said.append)
+
+
+@pytest.mark.slow
+def test_a_table_in_pieces_is_the_same_table(small, tmp_path):
+    command = ["reproduce", small, "--seeds", "1", "--output", str(tmp_path / "pieces"), "--stop-after", "0"]
+    pieces = [CliRunner().invoke(app, command) for _ in range(4)]
+    assert [piece.exit_code for piece in pieces] == [0] * 4
+    stops = ["after round 1 of 2", "between two runs", "after round 1 of 2"]
+    for piece, where in zip(pieces, stops, strict=False):
+        assert f"Stopped {where}. The same command goes on with the table." in " ".join(piece.output.split())
+    assert reproduce(tables.load(small), 1, 1, tmp_path / "whole", unseen, lambda _: None).strip() in pieces[-1].output
+    assert CliRunner().invoke(app, [*command, "--jobs", "2"]).exit_code == 2
 
 
 @pytest.mark.slow
