@@ -7,7 +7,7 @@ type and shape alone, never on the values: scaling by a data set's own mean woul
     mnist, fashion-mnist    by torchvision, scaled to [0, 1]
     cifar-10                by torchvision, scaled to [0, 1], then (x - 0.5) / 0.25
     wide-table              made up, see `made_up`; mnist-background likewise
-    npz:PATH                the user's own arrays, see `_features` for what is done to them
+    npz:PATH                the user's own arrays, see `_as_images` and `_features` for what is done to them
     csv:PATH, images:PATH   the user's own tables and images, see `own_files`; then as arrays
     text:PATH               the user's own texts, see `text`
     python:PACKAGE.MODULE:FUNCTION   what a function of the user's own gives, in the shape that it has
@@ -288,7 +288,7 @@ def _with_background(data: DataSet) -> DataSet:
 def _torchvision(name: str, folder: Path) -> DataSet:
     splits = []
     for split in _torchvision_splits(_TORCHVISION[name], folder):
-        features = torch.from_numpy(_features(np.asarray(split.data)))
+        features = torch.from_numpy(_features(_as_images(np.asarray(split.data))))
         if name == "cifar-10":
             features.sub_(0.5).div_(0.25)
         splits.append(Records(features, torch.as_tensor(split.targets, dtype=torch.int64)))
@@ -346,7 +346,7 @@ def _arrays_data_set(arrays: dict[str, NDArray[Any]], *, shaped: bool = False) -
 
 def _npz_records(pair: dict[str, NDArray[Any]], *, shaped: bool = False) -> Records:
     (x_key, x), (y_key, y) = pair.items()
-    features, labels = _features(x, shaped=shaped), _whole_numbers(y_key, y)
+    features, labels = _features(x if shaped else _as_images(x)), _whole_numbers(y_key, y)
     with _naming(f"{x_key}, {y_key}"):
         return Records(torch.from_numpy(features), torch.from_numpy(labels))
 
@@ -361,18 +361,21 @@ def _whole_numbers(key: str, array: NDArray[Any]) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _features(raw: NDArray[Any], *, shaped: bool = False) -> NDArray[np.float32]:
-    """Turn an array into float32 features, by its type and shape alone.
+def _as_images(raw: NDArray[Any]) -> NDArray[Any]:
+    """Put what looks like images into torch's order, by its shape alone.
 
-    uint8 is taken for pixels and divided by 255; other types keep their values. Unless it has its shape already, [n, H,
-    W] becomes [n, 1, H, W]. [n, H, W, C] with C = 1 or 3 becomes [n, C, H, W], unless the second dimension is 1 or 3.
+    [n, H, W] becomes [n, 1, H, W]. [n, H, W, C] with C = 1 or 3 becomes [n, C, H, W], unless the second dimension is 1
+    or 3 itself.
     """
-    if shaped:
-        pass
-    elif raw.ndim == 3:
-        raw = raw[:, None]
-    elif raw.ndim == 4 and raw.shape[3] in (1, 3) and raw.shape[1] not in (1, 3):
-        raw = raw.transpose(0, 3, 1, 2)
+    if raw.ndim == 3:
+        return raw[:, None]
+    if raw.ndim == 4 and raw.shape[3] in (1, 3) and raw.shape[1] not in (1, 3):
+        return raw.transpose(0, 3, 1, 2)
+    return raw
+
+
+def _features(raw: NDArray[Any]) -> NDArray[np.float32]:
+    """Turn an array into float32: uint8 is taken for pixels and divided by 255; other types keep their values."""
     with np.errstate(over="ignore"):  # Too large for float32 becomes infinite, which `check_records` reports.
         features = np.array(raw, dtype=np.float32, order="C")
     if raw.dtype == np.uint8:

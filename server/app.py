@@ -43,7 +43,7 @@ from server.strategy import AdaDPIGU, EvaluateFn
 # Given the model at its first weights, and the rate of a client's steps.
 Oracle = Callable[[Configuration, nn.Module, float], Tensor]
 log = logging.getLogger("flwr")  # what Flower shows while a run works
-warnings = logging.getLogger("adadpigu.server")
+warning_log = logging.getLogger("adadpigu.server")
 app = ServerApp()
 
 
@@ -126,7 +126,7 @@ def run(
         evaluated = line.pop("metrics")
         folder.add_metrics({**line, **evaluated})
         if astray := watch.see(evaluated):
-            warnings.warning("round %d: %s", report.round, astray)
+            warning_log.warning("round %d: %s", report.round, astray)
         folder.write_json(PRIVACY, _privacy(strategy))
         folder.save_checkpoint(*state.dump())
         observer(report)

@@ -42,19 +42,8 @@ FLOAT32_ERRORS = 6  # how many times worse than float32 autograd, beyond the rel
 
 REMEDY = re.compile(r"\b(replace|use|set|pass|give|return|call|write|make|move|wrap|rewrite|freeze|leave|must)\b", re.I)
 
-MASKS = (
-    "empty",
-    "one",
-    "tenth",
-    "most",
-    "without a layer",
-    "only a layer",
-    "full",
-    "rows",
-    "columns",
-    "rows and columns",
-    "third of the rows",
-)
+_SCATTERED = ("empty", "one", "tenth", "most", "without a layer", "only a layer", "full")
+MASKS = (*_SCATTERED, "rows", "columns", "rows and columns", "third of the rows")
 MEANS = ("zero", "random", "near", "far")
 SCALES = ("unit", "coordinate", "layer", "tiny", "huge")
 NORMS = ("small", "typical", "infinite")
@@ -386,6 +375,18 @@ def exact_norm() -> Callable[[Tensor], float]:
 @pytest.fixture(scope="session")
 def agree() -> Callable[..., None]:
     return _agree
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests that ask for ``every_mask`` with each of them."""
+    if "every_mask" in metafunc.fixturenames:
+        metafunc.parametrize("every_mask", MASKS)
+
+
+@pytest.fixture(scope="session")
+def setting_names() -> tuple[tuple[str, ...], ...]:
+    """Names of masks, means, scales and clipping norms."""
+    return MASKS, MEANS, SCALES, NORMS
 
 
 @pytest.fixture(scope="session")

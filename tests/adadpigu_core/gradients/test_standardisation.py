@@ -65,18 +65,6 @@ MODELS = {
     "recurrent": (Recurrent, (5, 4)),
     "several": (Several, (5, 4)),
 }
-MASKS = (
-    "empty",
-    "one",
-    "tenth",
-    "most",
-    "without a layer",
-    "only a layer",
-    "full",
-    "rows",
-    "columns",
-    "rows and columns",
-)
 
 
 def records_for(name, records_of, count):
@@ -84,9 +72,8 @@ def records_for(name, records_of, count):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mask", MASKS)
-def test_every_mean_and_scale(agree, built, records_of, all_settings, name, mask):
-    settings = tuple(chosen for chosen in all_settings if chosen[0] == mask)
+def test_every_mean_and_scale(agree, built, records_of, all_settings, name, every_mask):
+    settings = tuple(chosen for chosen in all_settings if chosen[0] == every_mask)
     assert len(settings) == 20
     agree(built(MODELS[name][0]), records_for(name, records_of, 3), settings=settings)
 
