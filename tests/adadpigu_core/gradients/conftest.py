@@ -3,7 +3,8 @@
 The oracle differentiates a float64 copy of the model for one view of one record at a time, by ordinary autograd: no
 vmap, no hooks, and no formula of the engine's.
 
-Tolerance: a norm may be wrong by 1e-5 of the size of what it is computed from, and by what float32 costs anybody.
+Tolerance: a norm may be wrong by 1e-5 of the size of what it is computed from, and by what float32 costs anybody; a
+sum by 1e-5 of the sizes of what is added up, and by that.
 
 * Size is the norm of m (|g| + |a|) / b. Without a mean it is the norm of u itself. Where the mean takes nearly all of a
   gradient away, it is larger: (g - a)^2 may be computed as g^2 - 2 g a + a^2, which has an error relative to g^2 + a^2.
@@ -75,12 +76,18 @@ class Reference:
 
 @dataclass(frozen=True)
 class Expected:
-    """Norms [n], contributions [n, d] and tolerances of the norms [n], all float64."""
+    """Norms [n], contributions [n, d], tolerances of norms in two parts [n] (1e-5, float32), factors [n]; float64."""
 
     norms: Tensor
     contributions: Tensor
-    tolerances: Tensor
+    relative: Tensor
+    rounding: Tensor
     factors: Tensor
+
+    @property
+    def tolerances(self) -> Tensor:
+        """Of the norms."""
+        return self.relative + self.rounding
 
     @property
     def total(self) -> Tensor:
@@ -88,9 +95,9 @@ class Expected:
 
     @property
     def total_tolerance(self) -> float:
-        """For the distance of the sums: what is wrong with a record's norm is wrong with its factor, too."""
+        """For the distance of the sums: 1e-5 of what is added up, and what float32 costs a gradient and its factor."""
         usable = torch.isfinite(self.norms)
-        return float((2 * self.factors * self.tolerances)[usable].sum())
+        return float((self.factors * (self.relative + 2 * self.rounding))[usable].sum())
 
 
 def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -169,10 +176,10 @@ def _expected(reference: Reference, given: Standardisation, clipping_norm: float
     norms = _norms(u)
     sizes = torch.where(mask, (reference.gradients.abs() + mean.abs()) / scale, 0.0)
     errors = torch.where(mask, (reference.rounding + LAST_BIT * mean.abs()) / scale, 0.0)
-    tolerances = RELATIVE * _norms(sizes) + FLOAT32_ERRORS * _norms(errors)
+    relative, rounding = RELATIVE * _norms(sizes), FLOAT32_ERRORS * _norms(errors)
     factors = torch.where(norms > clipping_norm, clipping_norm / norms, 1.0)
     contributions = torch.where(torch.isfinite(norms).unsqueeze(1), factors.unsqueeze(1) * u, 0.0)
-    return Expected(norms, contributions, tolerances, factors)
+    return Expected(norms, contributions, relative, rounding, factors)
 
 
 def _standardisation(reference: Reference, mask: str, mean: str, scale: str, seed: int = 0) -> Standardisation:
