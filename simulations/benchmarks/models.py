@@ -48,6 +48,11 @@ def wide_resnet(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return WideResNet(StandardisedConv2d, input_shape[0], num_classes)
 
 
+def slim_resnet(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Residual network of 15 narrow convolutions for small images: a factory, as ``wide_mlp`` is one."""
+    return WideResNet(nn.Conv2d, input_shape[0], num_classes, stages=((16, 2), (32, 2), (32, 1)), groups=4)
+
+
 def make_records(name: str, count: int, seed: int = 0) -> Records:
     """Draw records with random features and labels; a transformer's features are token numbers."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,26 +118,35 @@ class _EncoderLayer(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide residual network 16-4, pre-activation, with group instead of batch normalisation.
+    """Wide residual network, by default 16-4: pre-activation, with group instead of batch normalisation.
 
     Args:
         convolution: Class of the convolutions.
         channels: Of the images.
         num_classes: Number of outputs.
+        stages: Width and first stride of each stage of two blocks.
+        groups: Of each normalisation.
     """
 
     def __init__(
-        self, convolution: type[nn.Conv2d] = nn.Conv2d, channels: int = 3, num_classes: int = _CLASSES
+        self,
+        convolution: type[nn.Conv2d] = nn.Conv2d,
+        channels: int = 3,
+        num_classes: int = _CLASSES,
+        *,
+        stages: tuple[tuple[int, int], ...] = ((64, 1), (128, 2), (256, 2)),
+        groups: int = 16,
     ) -> None:
         super().__init__()
         self.convolution = convolution(channels, 16, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         channels = 16
-        for width, stride in ((64, 1), (128, 2), (256, 2)):
-            blocks += [_ResidualBlock(convolution, *shape) for shape in ((channels, width, stride), (width, width, 1))]
+        for width, stride in stages:
+            blocks.append(_ResidualBlock(convolution, channels, width, stride, groups))
+            blocks.append(_ResidualBlock(convolution, width, width, 1, groups))
             channels = width
         self.blocks = nn.Sequential(*blocks)
-        self.normalisation = nn.GroupNorm(16, channels)
+        self.normalisation = nn.GroupNorm(groups, channels)
         self.output = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -143,13 +157,14 @@ class WideResNet(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    def __init__(self, convolution: type[nn.Conv2d], channels: int, width: int, stride: int) -> None:
+    def __init__(self, convolution: type[nn.Conv2d], channels: int, width: int, stride: int, groups: int) -> None:
         super().__init__()
-        self.normalisation1 = nn.GroupNorm(16, channels)
+        self.normalisation1 = nn.GroupNorm(groups, channels)
         self.convolution1 = convolution(channels, width, 3, stride, 1, bias=False)
-        self.normalisation2 = nn.GroupNorm(16, width)
+        self.normalisation2 = nn.GroupNorm(groups, width)
         self.convolution2 = convolution(width, width, 3, 1, 1, bias=False)
-        self.shortcut = None if channels == width else convolution(channels, width, 1, stride, bias=False)
+        unchanged = (channels, stride) == (width, 1)
+        self.shortcut = None if unchanged else convolution(channels, width, 1, stride, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         active = F.silu(self.normalisation1(hidden))

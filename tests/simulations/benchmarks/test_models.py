@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from adadpigu_core.configuration import parse
+from adadpigu_core.gradients import check_gradients
+from adadpigu_core.gradients.clipping import cross_entropy
 from adadpigu_core.models import ModelSpec, StandardisedConv2d, build, check_isolation, check_private
 from simulations.simulate import read_settings
 from simulations.tables import EXPERIMENTS
@@ -21,6 +23,14 @@ def test_the_wide_residual_network_of_the_rows(row):
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 16
     assert all(isinstance(module, StandardisedConv2d) for module in convolutions)
+
+
+def test_the_narrow_residual_network_of_the_fine_tuning_row():
+    name = parse(read_settings(EXPERIMENTS / "fine_tuning_deep_10_eps1.toml")).task.model
+    model = build(ModelSpec(name, "relu", "none", (1, 28, 28), 10), seed=0)
+    check_gradients(model, cross_entropy, (1, 28, 28), 10)
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 15
+    assert sum(parameter.ndim > 1 for parameter in model.parameters()) == 16
 
 
 def test_it_takes_other_images_and_classes():
