@@ -177,7 +177,7 @@ class TrainingSettings:
     """What a client makes of a record in a private step."""
 
     views: int = _setting(1, "random views of a record, averaged before clipping", least=1, most=MOST_VIEWS)
-    augmentation: str = _setting("none", "how they are made: shifts by up to 2 pixels", choices=AUGMENTATIONS)
+    augmentation: str = _setting("none", "how they are made: by up to 2 pixels, mirrored", choices=AUGMENTATIONS)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Configuration:
     """All settings of a run."""
 
     seed: int = _setting(0, "seed of the model, and of everything in a simulation", least=0)
-    method: str = _setting("as-set", "as-set (by the other settings), paper or dp-fedsgd", choices=METHODS)
+    method: str = _setting("as-set", "as-set: by other settings; paper: published; dp-fedsgd", choices=METHODS)
     task: TaskSettings = TaskSettings()
     federation: FederationSettings = FederationSettings()
     privacy: PrivacySettings = PrivacySettings()
@@ -243,11 +243,11 @@ def not_private(configuration: Configuration) -> str:
     return ""
 
 
-def settings() -> Iterator[tuple[str, Value, str]]:
-    """List every setting: dotted key, default, meaning."""
+def settings() -> Iterator[tuple[str, Value, str, str]]:
+    """List every setting: dotted key, default, values that it may have if these are limited, meaning."""
     defaults = flatten(Configuration())
     for key, entry in _entries():
-        yield key, defaults[key], entry.metadata["meaning"]
+        yield key, defaults[key], _allowed(entry.metadata), entry.metadata["meaning"]
 
 
 def _entries() -> Iterator[tuple[str, "Field[Any]"]]:
@@ -314,13 +314,13 @@ def _checked(key: str, value: object, entry: "Field[Any]") -> Value:
         raise ConfigurationError(f"{key}: expected {wanted.__name__}, got {reprlib.repr(value)}")
     limits = entry.metadata
     if limits["choices"] and value not in limits["choices"]:
-        raise ConfigurationError(f"{key}: {value!r} is none of {', '.join(limits['choices'])}")
+        raise ConfigurationError(f"{key}: {value!r} is none of {_allowed(limits)}")
     if isinstance(value, str) and not _is_text(value):
         raise ConfigurationError(f"{key}: {value!r} cannot be written as UTF-8")
     if isinstance(value, int | float) and not isinstance(value, bool):
         inside = limits["above"] < value < limits["below"] and limits["least"] <= value <= limits["most"]
         if not (math.isfinite(value) and inside):
-            raise ConfigurationError(f"{key}: {value} is out of range; it must be {_range(limits)}")
+            raise ConfigurationError(f"{key}: {value} is out of range; it must be {_allowed(limits) or 'finite'}")
     return value  # type: ignore[return-value]  # its type is that of the default
 
 
@@ -332,10 +332,10 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _range(limits: Mapping[str, Any]) -> str:
+def _allowed(limits: Mapping[str, Any]) -> str:
     words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
     bounds = [f"{text} {limits[name]:g}" for name, text in words.items() if math.isfinite(limits[name])]
-    return " and ".join(bounds) or "finite"
+    return ", ".join(limits["choices"]) or " and ".join(bounds)
 
 
 def _contradictions(configuration: Configuration) -> Iterator[str]:

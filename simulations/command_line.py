@@ -178,14 +178,14 @@ app.command("tune", help=tune_command.HELP)(tune_command.tune)
 
 @app.command("settings")
 def list_settings() -> None:
-    """List every setting, its default and its meaning."""
+    """List every setting, its default, the values that it may have, and its meaning."""
     from adadpigu_core.configuration import settings
 
     table = Table(show_lines=False)
-    for heading in ("setting", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
-    for key, default, meaning in settings():
-        table.add_row(key, str(default).lower() if isinstance(default, bool) else repr(default), meaning)
+    for heading in ("setting", "default", "values", "meaning"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "setting")
+    for key, default, allowed, meaning in settings():
+        table.add_row(key, str(default).lower() if isinstance(default, bool) else repr(default), allowed, meaning)
     Console().print(table)
 
 

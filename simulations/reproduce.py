@@ -19,11 +19,13 @@ from typing import Any
 from adadpigu_core.configuration import Value, flatten, parse
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.kept_features import keeping_in
+from adadpigu_core.provenance import code_fingerprint
 from adadpigu_core.settings_file import read_toml
+from client.partitions import listed_clients
 from server.run_folder import CONFIGURATION, RESULT, RunFolder
 from simulations import table_report
 from simulations.display import Progressing
-from simulations.simulate import StopAfter, prepare, read_settings, resolved, resume, simulate
+from simulations.simulate import CLIENTS, StopAfter, prepare, read_settings, resolved, resume, simulate
 from simulations.tables import Method, Row, Table
 
 Watch = Callable[[int, int], AbstractContextManager[Progressing]]
@@ -67,7 +69,7 @@ def reproduce(
     Args:
         table: What to run.
         seeds: Runs of each entry, with seeds from 0.
-        jobs: Runs side by side.
+        jobs: Runs side by side; 0 = one a core, where each is not to end in time and none has a GPU.
         output: Folder of the runs.
         watch: Shows the progress of a run, given its rounds and how many are done, where there is one at a time.
         say: Told which run begins or is done.
@@ -80,6 +82,7 @@ def reproduce(
     """
     planned = runs(table, seeds, output)
     missing = [run for run in planned if not _is_done(run)]
+    jobs = jobs or _as_many_as_fit(missing, stop_after)
     with keeping_in(output / FEATURES):
         if jobs > 1:
             _side_by_side(missing, jobs, say)
@@ -93,7 +96,10 @@ def reproduce(
     for run in planned:
         result = json.loads((run.folder / RESULT).read_text(encoding="utf-8"))
         results.setdefault((run.row, run.method), []).append(result)
-    found = table_report.summary(table, results, seeds, _machine(planned[0]))
+    machine = _machine(planned[0])
+    if any(result["code"] != code_fingerprint() for each in results.values() for result in each):
+        machine["commit"] = None  # of what is checked out now, which is not what all of them ran
+    found = table_report.summary(table, results, seeds, machine)
     text = table_report.markdown(found)
     folder = RunFolder(output)
     folder.write_json(JSON, found)
@@ -131,12 +137,21 @@ def _is_done(run: Run) -> bool:
         return False
     found = flatten(parse(read_toml(run.folder / CONFIGURATION)))
     other = [key for key in wanted if not key.startswith(_ANYWHERE) and found[key] != wanted[key]]
+    kept = found["federation.clients"] and run.folder / CLIENTS
+    one, two = (listed_clients(str(place)) if place else () for place in (wanted["federation.clients"], kept))
+    if one != two:
+        other.append("federation.clients")
     if other:
         raise ConfigurationError(
             f"{run.folder} holds a run with {other[0]} = {found[other[0]]!r}, not {wanted[other[0]]!r}; "
             "choose another --output, or remove it"
         )
     return (run.folder / RESULT).exists()
+
+
+def _as_many_as_fit(missing: list[Run], stop_after: StopAfter | None) -> int:
+    alone = stop_after is not None or any(run.flat.get("runtime.device", "cpu") != "cpu" for run in missing)
+    return 1 if alone else max(1, min(os.cpu_count() or 1, len(missing)))
 
 
 def _carry_out(run: Run, watch: Watch, stop_after: StopAfter | None) -> None:

@@ -27,6 +27,7 @@ the folder that ADADPIGU_FEATURES_DIR names (1.1 GB for MNIST under scattering).
   adadpigu reproduce digits --seeds 5
 
   adadpigu reproduce mnist --seeds 5 --jobs 4 --output runs/mnist
+      four runs side by side; each takes memory of its own
 
   adadpigu reproduce cifar10-central -c task.dataset=npz:my_copy_of_cifar10.npz
       with one setting changed in all runs
@@ -42,7 +43,14 @@ the folder that ADADPIGU_FEATURES_DIR names (1.1 GB for MNIST under scattering).
 def reproduce(
     table: Annotated[str, typer.Argument(help="Name of a table, or a TOML file; without it, tables are listed.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each entry, with seeds from 0.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side; each then has one worker process.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Runs side by side, each with one worker process; 1: one after the other, each with a worker a core; "
+            "0: one a core, but 1 with --stop-after or a GPU.",
+        ),
+    ] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs that are there are kept.")] = None,
     override: Annotated[
         list[str] | None, typer.Option("-c", metavar="KEY=VALUE", help="One setting, in all runs.")

@@ -28,7 +28,7 @@ from simulations.report import LiveReport
 from simulations.tensorboard_log import TensorBoardLog
 
 ENGINES = ("in-process", "flower")
-_CLIENTS = "clients.csv"
+CLIENTS = "clients.csv"
 Show = Callable[[dict[str, Any]], None]
 
 
@@ -137,7 +137,7 @@ def resume(path: Path) -> Simulation:
     configuration = parse(read_toml(path / CONFIGURATION))
     folder = RunFolder(path)
     # the folder may have been moved since
-    clients = str(folder.path / _CLIENTS) if configuration.federation.clients else ""
+    clients = str(folder.path / CLIENTS) if configuration.federation.clients else ""
     configuration = replace(
         configuration,
         runtime=replace(configuration.runtime, output=str(folder.path)),
@@ -237,7 +237,7 @@ def _through_flower(simulation: Simulation, see: Show, ray_address: str | None) 
                 seen = line["round"]
                 see(line)
 
-    defaults = {key: default for key, default, _ in settings()}
+    defaults = {key: default for key, default, *_ in settings()}
     with TemporaryDirectory(prefix="adadpigu-") as neutral:
         app = flower_engine.write_app(Path(neutral) / "app", defaults)
         flower_engine.run(
@@ -280,8 +280,8 @@ def _keep_clients(configuration: Configuration, folder: RunFolder) -> Configurat
     federation = configuration.federation
     if not federation.clients:
         return configuration
-    folder.write_text(_CLIENTS, Path(federation.clients).read_text(encoding="utf-8-sig"))
-    return replace(configuration, federation=replace(federation, clients=str(folder.path / _CLIENTS)))
+    folder.write_text(CLIENTS, Path(federation.clients).read_text(encoding="utf-8-sig"))
+    return replace(configuration, federation=replace(federation, clients=str(folder.path / CLIENTS)))
 
 
 def _absolute_path(path: str) -> str:

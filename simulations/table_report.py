@@ -181,7 +181,8 @@ def _rounded(p_value: float) -> str:
 
 def _origin(found: Mapping[str, Any]) -> str:
     rounds = "/".join(map(str, found["rounds"]))
+    commit = f"commit {found['commit']}, " if found["commit"] else ""
     return (
-        f"`{found['command']}`; seeds 0 to {found['seeds'][-1]}, {rounds} rounds; commit {found['commit']}, code "
+        f"`{found['command']}`; seeds 0 to {found['seeds'][-1]}, {rounds} rounds; {commit}code "
         f"{'/'.join(found['code'])}; {found['cores']} cores {found['cpu']}, {found['gpu'] or 'no GPU'}."
     )

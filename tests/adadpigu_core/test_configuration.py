@@ -81,8 +81,12 @@ class TestDefaults:
 
     def test_every_setting_is_listed_with_a_meaning(self):
         listed = list(module.settings())
-        assert [(key, default) for key, default, _ in listed] == list(DEFAULTS.items())
-        assert all(meaning and "\n" not in meaning for _, _, meaning in listed)
+        assert [(key, default) for key, default, *_ in listed] == list(DEFAULTS.items())
+        assert all(meaning and "\n" not in meaning for *_, meaning in listed)
+        allowed = {key: values for key, _, values, _ in listed}
+        assert allowed["task.activation"] == "relu, tanh"
+        assert allowed["privacy.target-delta"] == "above 0 and below 1"
+        assert allowed["runtime.output"] == allowed["runtime.tensorboard"] == "", "nothing to choose from"
         assert len(listed) == 2 + sum(  # seed and method stand by themselves
             len(fields(entry.default)) for entry in fields(Configuration) if not entry.metadata
         )

@@ -19,7 +19,7 @@ from server.run_folder import CONFIGURATION, METRICS, RESULT
 from simulations import process_tree, table_report, tables
 from simulations.command_line import app
 from simulations.reproduce import JSON, reproduce, runs
-from simulations.simulate import read_settings
+from simulations.simulate import prepare, read_settings
 
 SETTINGS = """
 [task]
@@ -132,6 +132,37 @@ def test_a_table_is_made_goes_on_and_keeps_what_is_there(small, tmp_path):
     (tmp_path / "small.toml").write_text(SETTINGS.replace("num-rounds = 2", "num-rounds = 3"))
     with pytest.raises(ConfigurationError, match="num-rounds"):
         reproduce(table, 1, 1, output, unseen, said.append)
+
+
+def test_a_run_of_other_clients_is_not_taken_for_the_tables_own(small, tmp_path):
+    (tmp_path / "small.toml").write_text(SETTINGS.replace("num-rounds = 2", 'num-rounds = 2\nclients = "clients.csv"'))
+    clients = tmp_path / "clients.csv"
+    clients.write_text("id,records,target_epsilon\nnorth,500,8\n")
+    table, output = tables.load(small), tmp_path / "runs"
+    begun = runs(table, 1, output)[0]
+    prepare({**begun.flat, "runtime.output": str(begun.folder)})
+    clients.write_text("id,records,target_epsilon\nnorth,500,4\n")
+    with pytest.raises(ConfigurationError, match=r"federation\.clients"):
+        reproduce(table, 1, 1, output, unseen, lambda _: None)
+
+
+@pytest.mark.slow
+def test_by_default_runs_go_side_by_side_as_cores_allow(small, tmp_path, monkeypatch):
+    table, said = tables.load(small), []
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    text = reproduce(table, 1, 0, tmp_path / "runs", unseen, said.append)
+    assert sorted(line.partition(" ")[0] for line in said) == ["1/2", "2/2"]
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    again = reproduce(table, 1, 0, tmp_path / "again", unseen, said.append)
+    assert again == text.replace("2 cores", "1 cores")
+    assert said[2:] == ["one client, AdaDPIGU, seed 0", "one client, DP-SGD, seed 0"]
+    assert "commit" in text
+    for run in runs(table, 1, tmp_path / "runs"):
+        changed = {**json.loads((run.folder / RESULT).read_text()), "code": "another"}
+        (run.folder / RESULT).write_text(json.dumps(changed))
+    of_other_code = reproduce(table, 1, 0, tmp_path / "runs", unseen, said.append)
+    assert "code another" in of_other_code
+    assert "commit" not in of_other_code, "the commit of now is not theirs"
 
 
 @pytest.mark.slow
