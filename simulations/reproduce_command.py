@@ -33,7 +33,7 @@ the folder that ADADPIGU_FEATURES_DIR names (1.1 GB for MNIST under scattering).
       with one setting changed in all runs
 
   adadpigu reproduce cifar10-wrn --seeds 1 --stop-after 8
-      in pieces of eight minutes: the same command again and again, until the table is printed
+      in pieces of eight minutes, for a batch queue say: the same command again and again, until the table is printed
 
   adadpigu reproduce my_table.toml
       a table of your own, written like those in simulations/experiments/tables
