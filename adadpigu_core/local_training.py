@@ -50,6 +50,7 @@ def train_round(
     guard: Callable[[Standardisation], None] | None = None,
     options: GradientOptions = DEFAULTS,
     augmentation: Augmentation | None = None,
+    failed: Callable[[Exception], None] | None = None,
 ) -> LocalUpdate:
     """Take private steps from the weights that the model holds; the model is left at the new weights.
 
@@ -69,6 +70,7 @@ def train_round(
             large learning rate can lead to weights that nobody would have accepted.
         options: How gradients are computed.
         augmentation: Random views of a record.
+        failed: Told if gradients of drawn records cannot be computed, see `private_step`.
     """
     start = flatten(model).cpu()
     importance = torch.zeros_like(start) if importance_measure else None
@@ -76,7 +78,7 @@ def train_round(
         if guard is not None:
             guard(statistics.standardisation(mask))
         release, statistics, _event = private_step(
-            model, loss, records, mechanism, mask, statistics, randomness, charge, options, augmentation
+            model, loss, records, mechanism, mask, statistics, randomness, charge, options, augmentation, failed
         )
         descend(model, release.gradient, learning_rate)
         if importance is not None and importance_measure:

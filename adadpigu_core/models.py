@@ -274,6 +274,8 @@ def _mixing_fault(module: nn.Module) -> str | None:
             "its statistics mix the records of a batch; "
             f"replace it with nn.GroupNorm({groups}, {module.num_features or 'channels'})"
         )
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "its backward hooks see the gradients of all records at once; leave them out"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return "its running statistics are computed from records without noise; set track_running_stats=False"
     return None
@@ -283,7 +285,7 @@ def _refuse(message: str) -> NoReturn:
     raise ModelError(message, public_message=message)
 
 
-def check_isolation(model: nn.Module, features: Tensor) -> None:
+def check_isolation(model: nn.Module, features: Tensor, *, seeds: int = 1) -> None:
     """Check by experiment that the output for a record does not depend on the other records.
 
     Two experiments on a copy of the model. In training mode every other record is replaced, with the same random
@@ -293,6 +295,7 @@ def check_isolation(model: nn.Module, features: Tensor) -> None:
     Args:
         model: Any model whose first output dimension counts the records.
         features: [n, *input_shape] with n of 2 to 8 or so, one forward pass for each. Made-up values are enough.
+        seeds: How many random draws to look at in training mode, for what is mixed now and then.
 
     Raises:
         ModelError: The model does not run, or some output depends on other records.
@@ -307,6 +310,10 @@ def check_isolation(model: nn.Module, features: Tensor) -> None:
     for index in range(len(features)):
         alike = features[index : index + 1].expand_as(features).contiguous()
         _compare(together[index], _seeded_forward(copied, alike)[index], model, index, "are replaced")
+    alike = features[:1].expand_as(features).contiguous()
+    for seed in range(1, seeds):
+        expected, found = (_seeded_forward(copied, batch, seed)[0] for batch in (features, alike))
+        _compare(expected, found, model, 0, "are replaced")
     copied.eval()
     together = _seeded_forward(copied, features)
     for index in range(len(features)):
@@ -314,9 +321,9 @@ def check_isolation(model: nn.Module, features: Tensor) -> None:
         _compare(together[index], alone, model, index, "are left out")
 
 
-def _seeded_forward(model: nn.Module, features: Tensor) -> Tensor:
+def _seeded_forward(model: nn.Module, features: Tensor, seed: int = 0) -> Tensor:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(seed)
         try:
             output = model(features)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -332,6 +339,7 @@ def _compare(expected: Tensor, found: Tensor, model: nn.Module, index: int, chan
     if not torch.allclose(expected, found, rtol=0.0, atol=tolerance, equal_nan=True):
         name = type(model).__name__
         raise ModelError(
-            f"the output of {name} for record {index} changes when the other records {change}: it mixes records",
+            f"the output of {name} for record {index} changes when the other records {change}: "
+            "it mixes records; leave out what does that to a batch",
             public_message=f"{name} mixes the records of a batch",
         )

@@ -107,6 +107,7 @@ def private_step(
     charge: Charge,
     options: GradientOptions = DEFAULTS,
     augmentation: Augmentation | None = None,
+    failed: Callable[[Exception], None] | None = None,
 ) -> tuple[Release, Statistics, Event]:
     """Draw, clip, charge, noise and release once.
 
@@ -126,6 +127,8 @@ def private_step(
         charge: Called with the event before any noise is drawn; raises to refuse.
         options: How gradients are computed.
         augmentation: Random views of a record, drawn from ``randomness``.
+        failed: Told if the gradients of the drawn records cannot be computed. They then count as zero and noise alone
+            is released, since even that it went wrong would tell of these records. None: the error is raised.
 
     Returns:
         The release, the statistics that have learnt from it, and the event.
@@ -134,7 +137,14 @@ def private_step(
     drawn = records.select(torch.from_numpy(poisson_sample(len(records), mechanism.sampling_probability, randomness)))
     with seeded(randomness.torch_seed(), next(model.parameters()).device):
         norm = mechanism.clipping_norm
-        total = clipped_sum(model, loss, drawn, standardisation, norm, options=options, augmentation=augmentation).total
+        try:
+            found = clipped_sum(model, loss, drawn, standardisation, norm, options=options, augmentation=augmentation)
+            total = found.total
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(error)
+            total = torch.zeros_like(standardisation.scale)
     charge(mechanism.event)
     release = _release(total, standardisation, mechanism, randomness)
     if statistics.learn:

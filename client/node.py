@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import cast
 
 import numpy as np
@@ -29,7 +29,7 @@ from adadpigu_core.adaptive_clipping import (
 from adadpigu_core.augmentation import Views
 from adadpigu_core.datasets import Records, check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
-from adadpigu_core.gradients import check_gradients, check_precision, check_rounding, cross_entropy
+from adadpigu_core.gradients import check_model, check_precision, check_rounding, cross_entropy
 from adadpigu_core.grouping import shared
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
@@ -46,7 +46,7 @@ from adadpigu_core.messages import (
     encode,
     require,
 )
-from adadpigu_core.models import ModelSpec, build, check_isolation, check_private, fingerprint
+from adadpigu_core.models import ModelSpec, build, check_private, fingerprint
 from adadpigu_core.parameters import ParameterLayout, assign, assign_fixed
 from adadpigu_core.private_step import Mechanism
 from adadpigu_core.provenance import code_fingerprint
@@ -107,8 +107,7 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
     _check_code(request.code, site)
     model, _ = _model(request.model, request.layout, site)
     spec = request.model
-    check_isolation(model, torch.rand(4, *spec.feature_shape, generator=torch.Generator().manual_seed(0)))
-    check_gradients(model, cross_entropy, spec.feature_shape, spec.num_classes)
+    _check_once(spec, fingerprint(spec), site.device)
     check_precision(model, cross_entropy, spec.feature_shape, spec.num_classes, site.options)
     if ledger.plan(request.run) is None:
         with _named_by_the_server():
@@ -137,6 +136,12 @@ def describe(request: DescribeRequest, site: Site, ledger: Ledger) -> Descriptio
         training_noise_multiplier=plan.training.noise_multiplier,
         spent=ledger.events(),
     )
+
+
+@lru_cache(maxsize=16)
+def _check_once(spec: ModelSpec, _source: str, device: str) -> None:
+    """Look at a network, which is the same for all clients of a process."""
+    check_model(build(spec, seed=0).to(device), cross_entropy, spec.feature_shape, spec.num_classes)
 
 
 def train(request: TrainRequest, site: Site, ledger: Ledger) -> Wire:
@@ -182,6 +187,7 @@ def _release(
         guard=work.guard if request.steps > 1 else None,
         options=site.options,
         augmentation=work.views.augmentation,
+        failed=partial(_report, ledger),
     )
     reply = TrainReply(
         run=request.run,
@@ -193,6 +199,11 @@ def _release(
         spent=ledger.events(),
     )
     return reply, _remember(request, work, update)
+
+
+def _report(ledger: Ledger, error: Exception) -> None:
+    """Say here, and nowhere else, that a model does not take some records."""
+    log.error("%s: no gradients, so that noise alone is released: %s", ledger.data_set, error, exc_info=error)
 
 
 @dataclass(frozen=True)

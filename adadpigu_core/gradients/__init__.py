@@ -10,7 +10,7 @@ from adadpigu_core.gradients.clipping import (
     cross_entropy,
 )
 from adadpigu_core.gradients.engine import clipped_sum
-from adadpigu_core.gradients.guards import check_gradients, check_precision, check_rounding
+from adadpigu_core.gradients.guards import check_model, check_precision, check_rounding
 
 __all__ = [
     "DEFAULTS",
@@ -19,7 +19,7 @@ __all__ = [
     "ClippedSum",
     "GradientOptions",
     "Loss",
-    "check_gradients",
+    "check_model",
     "check_precision",
     "check_rounding",
     "clipped_sum",

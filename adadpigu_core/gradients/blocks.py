@@ -1,19 +1,20 @@
 """From the uses of a parameter to norms, and from factors to the sum.
 
 The cost of a block of P coordinates for one record: its gradient takes T P multiplications for T positions, as the
-ordinary weight gradient that it replaces, and as many again for the sum unless it is kept. To keep it means to write
-and to read P numbers, which takes as long as some 50 multiplications of each. So
+ordinary weight gradient that it replaces. So
 
 * a short cut to the norms is taken wherever a use has one, since it needs less than P for each record;
 * rows and columns in which nothing is retained are left out beforehand, where a use can do that;
-* a gradient is kept if that takes no more memory than inputs and output gradients, which then are forgotten, or if
-  there are many positions and enough memory;
-* otherwise inputs and output gradients stay, and the sum is one product at the end.
+* otherwise gradients are made a few records at a time, so that they are standardised, squared and summed inside the
+  cache. They are kept for the sum if there is memory for them, or if that takes no more than inputs and output
+  gradients, which then are forgotten; if not, they are made again, in the same way.
 
-Gradients are made a few records at a time, so that they are standardised, squared and summed inside the cache.
+The sum is made of the very numbers whose norms were taken. Another product that adds up the positions of a record in
+another order would differ from them by what float32 loses of each term, and where the terms cancel, that can be more
+than all that is left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -21,9 +22,8 @@ import torch
 from torch import Tensor
 
 from adadpigu_core.gradients.transform import Block
-from adadpigu_core.gradients.uses import UNDERFLOW, UNIT, Dense, Factors, Product, SquaredNorms, Use
+from adadpigu_core.gradients.uses import UNDERFLOW, Dense, Factors, Product, SquaredNorms, Use
 
-_MANY_POSITIONS = 48
 # How many more gradients are made at once on an accelerator, which has no small cache to stay in: 256 MB of them.
 _MORE_ON_ACCELERATORS = 256
 
@@ -62,8 +62,9 @@ class Finished:
         start: Its first coordinate.
         block: Its standardisation.
         squared_norms: Of all records.
-        kept: g_i - a, [n, P] in the order of the use; None if there was no room.
+        kept: g_i - a, [n, P] in the order of the use; None if there was no room, or a short cut.
         use: What to make the sum from, and what knows the order of ``kept``.
+        short: Whether the norms are those of a short cut, to which a sum belongs that is one as well.
         smaller: Whether norms, ``kept`` and ``use`` are those of the block's part.
     """
 
@@ -72,6 +73,7 @@ class Finished:
     squared_norms: SquaredNorms
     kept: Tensor | None
     use: Use
+    short: bool
     smaller: bool
 
     @property
@@ -99,8 +101,8 @@ class Finished:
         self.block.part.add(part, target)
 
     def _add(self, factors: Factors, block: Block, target: Tensor, *, first: bool) -> None:
-        if self.kept is not None:
-            added = self.use.restored(factors.values @ factors.clean(self.kept), tuple(target.shape))
+        if not self.short:
+            added = self.use.restored(self._weighted_sum(factors, block), tuple(target.shape))
             target.copy_(added) if first else target.add_(added)
             return
         if first:
@@ -109,6 +111,16 @@ class Finished:
             self.use.add_weighted_sum(factors, target)
         if block.mean is not None:
             target -= factors.values.sum() * block.mean
+
+    def _weighted_sum(self, factors: Factors, block: Block) -> Tensor:
+        """Sum of c_i (g_i - a) in the order of the use, [P]."""
+        if self.kept is not None:
+            return factors.values @ factors.clean(self.kept)
+        total = block.inverse_scale.new_zeros(block.inverse_scale.numel())
+        for first, last, gradients in _in_chunks(self.use, block):
+            some = factors.of(first, last)
+            total += some.values @ some.clean(gradients)
+        return total
 
 
 def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) -> Finished:
@@ -127,32 +139,35 @@ def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) 
     return Finished(start, block, *_measured(start, block.smaller, restricted, workspace), smaller=True)
 
 
-def _measured(start: int, block: Block, use: Use, workspace: Workspace) -> tuple[SquaredNorms, Tensor | None, Use]:
-    """Norms of a block, what is kept of its gradients, and what the sum can be made from."""
+def _measured(
+    start: int, block: Block, use: Use, workspace: Workspace
+) -> tuple[SquaredNorms, Tensor | None, Use, bool]:
+    """Norms of a block, what is kept of its gradients, what the sum can be made from, and whether by a short cut."""
     short = use.squared_norms(block)
     if short is not None:
-        return short, None, use
+        return short, None, use, True
     count, size = use.num_records, block.inverse_scale.numel()
-    small = size <= use.held
-    kept = workspace.take(start, count, size, always=small) if small or use.positions >= _MANY_POSITIONS else None
+    kept = workspace.take(start, count, size, always=size <= use.held)
     values = _squared_norms(use, block, kept)
-    doubt: Tensor | float = size * UNDERFLOW
     if kept is not None:
         use.forget()
-    else:
-        # the sum adds up the positions in another order than the norm did
-        doubt = doubt + 2 * use.positions * UNIT * values
-    return SquaredNorms(values, doubt), kept, use
+    return SquaredNorms(values, size * UNDERFLOW), kept, use, False
 
 
 def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
     """Squared norms through gradients, float64 [n]; g_i - a is written to ``kept``, [n, P]."""
     inverse_scale = use.arranged(block.inverse_scale)
+    values = torch.empty(use.num_records, dtype=torch.float64, device=inverse_scale.device)
+    scaled = inverse_scale.new_empty(min(_chunk(use, block), use.num_records), len(inverse_scale))
+    for first, last, gradients in _in_chunks(use, block, kept):
+        values[first:last] = torch.mul(gradients, inverse_scale, out=scaled[: last - first]).square_().sum(1)
+    return values
+
+
+def _in_chunks(use: Use, block: Block, kept: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
+    """g_i - a, [some, P] in the order of the use, of a few records at a time; always the same numbers."""
     mean = None if block.mean is None else use.arranged(block.mean)
-    device = inverse_scale.device
-    values = torch.empty(use.num_records, dtype=torch.float64, device=device)
-    chunk = use.chunk(len(inverse_scale), 1 if device.type == "cpu" else _MORE_ON_ACCELERATORS)
-    scaled = inverse_scale.new_empty(min(chunk, use.num_records), len(inverse_scale))
+    chunk = _chunk(use, block)
     for first in range(0, use.num_records, chunk):
         last = min(first + chunk, use.num_records)
         if kept is None:
@@ -164,8 +179,12 @@ def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:
             use.write_gradients(first, last, gradients)
             if mean is not None:
                 gradients -= mean
-        values[first:last] = torch.mul(gradients, inverse_scale, out=scaled[: last - first]).square_().sum(1)
-    return values
+        yield first, last, gradients
+
+
+def _chunk(use: Use, block: Block) -> int:
+    on_accelerator = block.inverse_scale.device.type != "cpu"
+    return use.chunk(block.inverse_scale.numel(), _MORE_ON_ACCELERATORS if on_accelerator else 1)
 
 
 def made_whole(uses: Sequence[Use]) -> bool:

@@ -20,6 +20,8 @@ PRECISIONS = ("float32", "bfloat16")
 # Rounding must not let a record contribute more than the clipping norm: norms are enlarged by this much before they
 # decide, which covers that a norm and the sum that it bounds come from different kernels.
 _MARGIN = 4e-6
+# Multiplied by less, output gradients may leave the normal numbers of float32, among which alone rounding is relative.
+_LEAST_FACTOR = 2.0**-60
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def losses_of(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def clipping_factors(norms: Tensor, clipping_norm: float, slack: Tensor | float = 0.0) -> Tensor:
-    """Factors min(1, C / ||u_i||), float32 [n], rounded down; zero for a norm that is not finite.
+    """Factors min(1, C / ||u_i||), float32 [n], rounded down; zero for a norm that is not finite or 1e18 times C.
 
     Args:
         norms: Standardised norms, float64 [n].
@@ -87,6 +89,6 @@ def clipping_factors(norms: Tensor, clipping_norm: float, slack: Tensor | float 
         slack: By how much a norm may be under-estimated, or its contribution over-estimated, at most.
     """
     factors = (clipping_norm / (norms * (1 + _MARGIN) + slack)).clamp(max=1.0)
-    factors = torch.where(torch.isfinite(norms), factors, 0.0)
+    factors = torch.where(torch.isfinite(norms) & (factors >= _LEAST_FACTOR), factors, 0.0)
     rounded = factors.float()
     return torch.where(rounded > factors, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)

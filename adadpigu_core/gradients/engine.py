@@ -23,6 +23,7 @@ from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients import layers as _rules  # noqa: F401  # registers them
+from adadpigu_core.gradients.backward import differentiate
 from adadpigu_core.gradients.blocks import Finished, Workspace, finish
 from adadpigu_core.gradients.clipping import (
     DEFAULTS,
@@ -34,8 +35,8 @@ from adadpigu_core.gradients.clipping import (
     losses_of,
 )
 from adadpigu_core.gradients.generic import Copies
-from adadpigu_core.gradients.recorder import Recorder, Tracked, differentiate
-from adadpigu_core.gradients.survey import Survey, survey
+from adadpigu_core.gradients.recorder import Recorder, Tracked, UnsupportedUseError
+from adadpigu_core.gradients.survey import Survey, laid_out, survey
 from adadpigu_core.gradients.transform import Transform
 from adadpigu_core.gradients.uses import Factors, Use
 from adadpigu_core.parameters import ParameterLayout
@@ -188,7 +189,15 @@ class _Pass:
         """Give the norms of some records, float64 [n], and ``total`` with the sum of c_i (g_i - a) added."""
         task = self._task
         views = features.unsqueeze(1) if task.augmentation is None else task.augmentation(features)
-        recorder = Recorder(task.active, len(labels), views.shape[1], self._finish)
+        found = task.found
+        recorder = Recorder(
+            task.active,
+            len(labels),
+            views.shape[1],
+            self._finish,
+            foreign=found.foreign,
+            channels_last=found.channels_last,
+        )
         copies = Copies(task.model, task.found.without_rule, recorder)
         with torch.enable_grad():
             losses = self._losses(views, labels, recorder, copies)
@@ -205,11 +214,13 @@ class _Pass:
     def _losses(self, views: Tensor, labels: Tensor, recorder: Recorder, copies: Copies) -> Tensor:
         """Mean loss over the views of each record, [n]."""
         count, per_record = views.shape[:2]
-        rows = views.flatten(0, 1)
-        if rows.dim() == 4 and any(parameter.dim() == 4 for parameter in self._task.model.parameters()):
-            rows = rows.contiguous(memory_format=torch.channels_last)  # which filters like, and nothing else does
+        rows = laid_out(views.flatten(0, 1), channels_last=self._task.found.channels_last)
         with copies.in_place(), recorder:
-            outputs = self._outputs(rows)
+            try:
+                outputs = self._outputs(rows)
+            except UnsupportedUseError as error:
+                text = f"parameter {error.parameter} {error.reason}; write the model so that records do not decide that"
+                raise ModelError(text, text) from error
         losses = losses_of(self._task.loss, outputs, labels.repeat_interleave(per_record))
         return losses.view(count, per_record).mean(1)
 

@@ -36,6 +36,7 @@ def owner(model: nn.Module, parameter: str) -> str:
     return path
 
 
+Shape = tuple[int, ...]
 RowArguments = Mapping[str, Sequence[Sequence[bool]]]
 """By path of a module, for each of its calls in a forward pass: whether an argument has as many rows as the batch.
 
@@ -54,26 +55,40 @@ def row_arguments(model: nn.Module, modules: Iterable[str], batches: Sequence[Te
         ModelError: A module is called in another way for another batch.
     """
     paths = sorted(modules)
-    lengths = {path: [_lengths(model, path, batch) for batch in batches] for path in paths}
+    shapes = {path: [_shapes(model, path, batch) for batch in batches] for path in paths}
     found = {}
-    for path, seen in lengths.items():
+    for path, seen in shapes.items():
         if len({tuple(len(call) for call in calls) for calls in seen}) > 1:
             text = f"module {_shown(path)} is called in another way for another batch; make its calls independent of it"
             raise ModelError(text, text)
         found[path] = [
-            [leaf == tuple(len(batch) for batch in batches) for leaf in zip(*call, strict=True)]
-            for call in zip(*seen, strict=True)
+            [_follows(path, leaf, batches) for leaf in zip(*call, strict=True)] for call in zip(*seen, strict=True)
         ]
     return found
 
 
-def _lengths(model: nn.Module, path: str, batch: Tensor) -> list[list[int]]:
-    """Lengths of what a module is called with, by call; -1 for what has none."""
-    calls: list[list[int]] = []
+def _follows(path: str, shapes: Sequence[Shape], batches: Sequence[Tensor]) -> bool:
+    """Whether an argument has one row a record and view; what follows the batch otherwise belongs to no record."""
+    if all(shape[:1] == batch.shape[:1] for shape, batch in zip(shapes, batches, strict=True)):
+        shapes = [shape[1:] for shape in shapes]
+        if len(set(shapes)) == 1:
+            return True
+    if len(set(shapes)) > 1:
+        text = (
+            f"module {_shown(path)} is called with a tensor that follows the size of the batch, but not in its first "
+            "dimension; make the records come first"
+        )
+        raise ModelError(text, text)
+    return False
+
+
+def _shapes(model: nn.Module, path: str, batch: Tensor) -> list[list[Shape]]:
+    """Shapes of what a module is called with, by call; empty for what has none."""
+    calls: list[list[Shape]] = []
 
     def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves = pytree.tree_leaves((args, kwargs))
-        calls.append([len(leaf) if isinstance(leaf, Tensor) and leaf.dim() > 0 else -1 for leaf in leaves])
+        calls.append([tuple(leaf.shape) if isinstance(leaf, Tensor) else () for leaf in leaves])
 
     hook = model.get_submodule(path).register_forward_pre_hook(watch, with_kwargs=True)
     try:
@@ -86,6 +101,20 @@ def _lengths(model: nn.Module, path: str, batch: Tensor) -> list[list[int]]:
 
 def _shown(path: str) -> str:
     return path or "(the model itself)"
+
+
+def _require_no_hooks(path: str, module: nn.Module) -> None:
+    """Refuse what would run twice, once with copies and once around them; torch's own hooks make weights of weights."""
+    before = [hook for hook in module._forward_pre_hooks.values() if not _is_of_torch(hook)]
+    if module._forward_hooks or before:
+        text = (
+            f"module {_shown(path)} has forward hooks and needs copies of its parameters; move the hooks' work into it"
+        )
+        raise ModelError(text, text)
+
+
+def _is_of_torch(hook: object) -> bool:
+    return type(hook).__module__.startswith("torch.")
 
 
 class Copies:
@@ -101,6 +130,9 @@ class Copies:
         self._recorder = recorder
         self._copies: list[tuple[Tracked, Tensor]] = []
         self._modules = {path: (model.get_submodule(path), iter(calls)) for path, calls in modules.items()}
+        self._forwards = {path: module.__dict__.get("forward") for path, (module, _) in self._modules.items()}
+        for path, (module, _) in self._modules.items():
+            _require_no_hooks(path, module)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -110,8 +142,8 @@ class Copies:
                 module.forward = partial(self._call, path, module, calls)
             yield
         finally:
-            for module, _ in self._modules.values():
-                module.__dict__.pop("forward", None)
+            for path, (module, _) in self._modules.items():
+                self._put_back(path, module)
 
     def collect(self) -> None:
         """After the backward pass, hand over the gradients of the copies."""
@@ -121,7 +153,8 @@ class Copies:
 
     def _call(self, path: str, module: nn.Module, calls: Iterator[Sequence[bool]], *args: Any, **kwargs: Any) -> Any:
         recorder = self._recorder
-        original = module.__dict__.pop("forward")
+        copying = module.forward
+        self._put_back(path, module)
         recorder.paused = True
         try:
             with warnings.catch_warnings():
@@ -136,7 +169,14 @@ class Copies:
             raise ModelError(f"{text} ({error})", text) from error
         finally:
             recorder.paused = False
-            module.forward = original
+            module.forward = copying
+
+    def _put_back(self, path: str, module: nn.Module) -> None:
+        """Let a module call itself as it did."""
+        module.__dict__.pop("forward", None)
+        own = self._forwards[path]
+        if own is not None:
+            module.forward = own
 
     def _vectorised(
         self, module: nn.Module, of_rows: Sequence[bool], args: tuple[Any, ...], kwargs: dict[str, Any]

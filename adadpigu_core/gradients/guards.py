@@ -24,8 +24,11 @@ from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError, MessageError, ModelError
 from adadpigu_core.gradients.clipping import DEFAULTS, GradientOptions, Loss, losses_of
 from adadpigu_core.gradients.engine import clipped_sum
+from adadpigu_core.models import check_isolation, check_private
 from adadpigu_core.parameters import ParameterLayout
+from adadpigu_core.trials import kinds, made_up, redrawn
 
+_SEEDS = 8  # of a model's random draws
 _PROBES = 3
 _LAST_BITS = 2.0**-22  # relative to a weight: four times its rounding error
 _LARGEST_DISAGREEMENT = 1e-4  # networks in ordinary training are at 1e-6, chaotic ones above 1e-3
@@ -59,7 +62,7 @@ def disagreement(
 ) -> float:
     """Median distance of the directions of gradients under weights that differ in their last bits; at most 2."""
     generator = torch.Generator().manual_seed(0)
-    records = _made_up(_PROBES, input_shape, num_classes, generator)
+    records = made_up(input_shape, num_classes, _PROBES)
     nearby = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in nearby.parameters():
@@ -70,17 +73,32 @@ def disagreement(
     return float(torch.linalg.vector_norm(change, dim=1).median())
 
 
-def check_gradients(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int) -> None:
-    """Compare the engine's gradients of made-up records with ordinary ones, on a copy of the model.
+def check_model(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int) -> None:
+    """Refuse a model whose records cannot be told apart, forwards or backwards, on copies of it.
 
-    Privacy: a rule that is wrong for this model would break the bound silently. Both the sum, for completeness, and
-    the gradient of each record beside others, for isolation, must be right.
+    Privacy: a model that mixes records, or a rule that is wrong for it, would break the bound silently. On made-up
+    records of several kinds, under the model's weights and under others, no output may depend on other records, and
+    the engine's gradients must be ordinary ones, in sum and record by record.
+
+    Args:
+        model: Any model.
+        loss: Losses of records.
+        input_shape: Shape of the features of one record.
+        num_classes: Labels are 0 ... num_classes - 1.
 
     Raises:
-        ModelError: They differ, or the engine has to refuse the model.
+        ModelError: Records are mixed, gradients differ, or the engine has to refuse the model.
     """
+    check_private(model)
+    check_isolation(model, made_up(input_shape, num_classes, 2).features, seeds=_SEEDS)
+    for weights in (model, redrawn(model)):
+        for records in kinds(weights, input_shape, num_classes):
+            check_isolation(weights, records.features)
+            _check_gradients(weights, loss, records)
+
+
+def _check_gradients(model: nn.Module, loss: Loss, records: Records) -> None:
     copied = copy.deepcopy(model).eval()  # without dropout, so that two passes agree
-    records = _made_up(_PROBES, input_shape, num_classes, torch.Generator().manual_seed(0))
     identity = Standardisation.identity(ParameterLayout.of(copied).num_parameters)
     expected = torch.stack([_gradient(copied, loss, records.select([i])) for i in range(len(records))])
     found = clipped_sum(copied, loss, records, identity, float("inf"))
@@ -106,7 +124,7 @@ def check_precision(
     if options.precision == DEFAULTS.precision:
         return
     model = copy.deepcopy(model).eval()  # without dropout, so that passes agree
-    records = _made_up(max(_NEIGHBOURS) + 1, input_shape, num_classes, torch.Generator().manual_seed(0))
+    records = made_up(input_shape, num_classes, max(_NEIGHBOURS) + 1)
     identity = Standardisation.identity(ParameterLayout.of(model).num_parameters)
 
     def total(start: int, stop: int) -> Tensor:
@@ -122,11 +140,6 @@ def check_precision(
                 "this device; use float32"
             )
             raise ConfigurationError(text, text)
-
-
-def _made_up(count: int, input_shape: tuple[int, ...], num_classes: int, generator: torch.Generator) -> Records:
-    features = torch.rand(count, *input_shape, generator=generator)
-    return Records(features, torch.randint(num_classes, (count,), generator=generator))
 
 
 def _directions(model: nn.Module, loss: Loss, records: Records, given: Standardisation) -> Tensor:

@@ -18,9 +18,8 @@ from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointError
 
 from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients.uses import Dense, Use
@@ -104,6 +103,9 @@ _HARMLESS = {
 }
 
 
+_GRADIENT_HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
+
+
 @cache
 def _signature(rule: Rule) -> inspect.Signature:
     return inspect.signature(rule)
@@ -157,6 +159,9 @@ class Recorder(TorchFunctionMode):
         views: K.
         finished: Called with a parameter, or rows of one, and all its uses, as soon as the backward pass has met the
             last one.
+        foreign: Whether the model brings autograd functions of its own, which may change gradients in place that other
+            layers hold on to.
+        channels_last: Whether filters lay out images with their channels last, which is faster.
     """
 
     def __init__(
@@ -165,10 +170,15 @@ class Recorder(TorchFunctionMode):
         num_records: int,
         views: int,
         finished: Callable[[Tracked, list[Use]], None],
+        *,
+        foreign: bool = False,
+        channels_last: bool = True,
     ) -> None:
         super().__init__()
         self.num_records = num_records
         self.views = views
+        self.foreign = foreign
+        self.channels_last = channels_last
         self.paused = False
         self.activations = 0  # floats that layers hold, inputs and outputs
         self._finished = finished
@@ -192,6 +202,12 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Look at one call of torch."""
         kwargs = kwargs or {}
+        if func in _GRADIENT_HOOKS and not str(getattr(args[1], "__module__", "")).startswith("torch."):
+            text = (
+                "the model hooks on gradients, which shows it those of all records at once; leave that out, or write a "
+                "torch.autograd.Function that treats each record by itself"
+            )
+            raise ModelError(text, text)
         if self.paused:
             return DECOMPOSITIONS.get(func, func)(*args, **kwargs)
         touched = self._first_tracked((*args, *kwargs.values()))
@@ -347,19 +363,6 @@ class Recorder(TorchFunctionMode):
         return values.reshape(self.num_records, -1, values.shape[-1])
 
 
-def differentiate(loss: Tensor, model: nn.Module) -> None:
-    """Run the backward pass.
-
-    Raises:
-        ModelError: The model throws activations away and computes them anew.
-    """
-    try:
-        loss.backward()  # type: ignore[no-untyped-call]  # of torch
-    except CheckpointError as error:
-        text = f"{type(model).__name__} uses torch.utils.checkpoint: leave that out; physical batches bound memory here"
-        raise ModelError(text, text) from error
-
-
 class _Record(torch.autograd.Function):
     """A layer as a node of the graph. The anchor makes torch call its backward pass even if no input needs one."""
 
@@ -375,7 +378,11 @@ class _Record(torch.autograd.Function):
         (e,) = gradients
         x = None if x is None else x.detach()  # a use that held the graph would keep it, and itself, alive
         with torch.no_grad():
-            ctx.recorder.receive(ctx.layer, x, e.detach())
+            ctx.recorder.receive(ctx.layer, x, e.clone() if ctx.recorder.foreign else e.detach())
             wanted = ctx.layer.input_gradient(x, e) if ctx.needs_input_grad[1] else None
         ctx.layer = ctx.recorder = None
         return None, wanted, None, None
+
+
+NODE = _Record._backward_cls
+"""What a layer is in the graph of autograd."""

@@ -19,10 +19,11 @@ from torch.utils import _pytree as pytree
 
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
+from adadpigu_core.gradients.backward import differentiate, has_foreign_functions
 from adadpigu_core.gradients.blocks import made_whole
 from adadpigu_core.gradients.clipping import Augmentation
 from adadpigu_core.gradients.generic import Copies, RowArguments, owner, row_arguments
-from adadpigu_core.gradients.recorder import Recorder, Tracked, UnsupportedUseError, differentiate
+from adadpigu_core.gradients.recorder import Recorder, Tracked, UnsupportedUseError
 from adadpigu_core.gradients.uses import Use
 from adadpigu_core.models import check_private
 from adadpigu_core.parameters import ParameterLayout
@@ -40,10 +41,14 @@ class Survey:
     Args:
         without_rule: Modules that are called with copies of their parameters.
         bytes_per_record: Estimate of what one record takes in a physical batch.
+        channels_last: Whether images may be laid out with their channels last, which filters like, where there are any.
+        foreign: Whether the model brings autograd functions of its own.
     """
 
     without_rule: RowArguments
     bytes_per_record: int
+    channels_last: bool
+    foreign: bool
 
 
 _known: "WeakKeyDictionary[nn.Module, dict[Any, Survey]]" = WeakKeyDictionary()
@@ -78,17 +83,30 @@ def _look(
         torch.rand(count, *shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0)) for count in (2, 3)
     ]
     modules: frozenset[str] = frozenset()
+    channels_last = len(shape) == 3 and any(parameter.dim() == 4 for parameter in model.parameters())
     while True:
         without_rule = _rows_of(model, modules, made_up, augmentation)
+        trial = _Trial(model, layout, augmentation, without_rule, channels_last)
         try:
-            held = [_try(model, layout, features, augmentation, without_rule) for features in made_up][-1]
+            trial.run(made_up[0], len(made_up[0]) - 1)
+            held = trial.run(made_up[1], 0)
             break
         except UnsupportedUseError as error:
             modules = _with(model, modules, error)
+        except (RuntimeError, ModelError):
+            if not channels_last:
+                raise
+            channels_last = False  # it may view its images as vectors, which only works in the ordinary layout
     of_layers = _BYTES * _COPIES_OF_ACTIVATIONS * held.activations
     of_graph = held.saved + _COPIES_OF_LARGEST * held.largest
     of_gradients = _BYTES * _COPIES_OF_GRADIENTS * held.gradients
-    return Survey(without_rule, max(1, max(of_layers, of_graph) // len(made_up[-1]) + of_gradients))
+    bytes_per_record = max(1, max(of_layers, of_graph) // len(made_up[-1]) + of_gradients)
+    return Survey(without_rule, bytes_per_record, channels_last, held.foreign)
+
+
+def laid_out(rows: Tensor, *, channels_last: bool) -> Tensor:
+    """Lay out rows [n K, ...] as a model is called with them."""
+    return rows.contiguous(memory_format=torch.channels_last) if channels_last else rows
 
 
 def _views(features: Tensor, augmentation: Augmentation | None, device: torch.device) -> Tensor:
@@ -118,6 +136,8 @@ class _Held:
         """Floats in the inputs and outputs of layers with parameters."""
         self.gradients = 0
         """Floats of a record's gradients that are made as a whole."""
+        self.foreign = False
+        """Whether autograd functions of the model's own take part."""
         self._lasting = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._sizes: dict[int, int] = {}
 
@@ -142,57 +162,66 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _try(
-    model: nn.Module,
-    layout: ParameterLayout,
-    features: Tensor,
-    augmentation: Augmentation | None,
-    without_rule: RowArguments,
-) -> _Held:
-    """Run a model on made-up records; give what it holds of them."""
-    named = dict(model.named_parameters())
-    parameters, start = {}, 0
-    for name, size in zip(layout.names, layout.sizes, strict=True):
-        parameters[name] = (named[name], start)
-        start += size
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    kept = [(parameter, parameter.grad) for parameter, _ in parameters.values()]
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        views = _views(features, augmentation, device)
-        held = _Held(model)
+@dataclass(frozen=True)
+class _Trial:
+    """What the passes over made-up records have in common."""
 
-        def finished(tracked: Tracked, uses: list[Use]) -> None:
-            held.gradients += tracked.value.numel() * made_whole(uses)
-            _require_isolation(tracked, uses)
+    model: nn.Module
+    layout: ParameterLayout
+    augmentation: Augmentation | None
+    without_rule: RowArguments
+    channels_last: bool
 
-        recorder = Recorder(parameters, len(features), views.shape[1], finished)
-        copies = Copies(model, without_rule, recorder)
-        with copies.in_place(), recorder, saved_tensors_hooks(held.count, lambda tensor: tensor):
-            outputs = model(views.flatten(0, 1))
-        held.activations = recorder.activations
-        try:
-            _differentiate_first(model, outputs, views.shape[1])
-            copies.collect()
-            for tracked, uses in recorder.rest():
-                finished(tracked, uses)
-        finally:
-            for parameter, gradient in kept:
-                parameter.grad = gradient
-    return held
+    def run(self, features: Tensor, index: int) -> _Held:
+        """Differentiate the outputs of one record beside others; give what the model holds of them."""
+        model = self.model
+        named = dict(model.named_parameters())
+        parameters, start = {}, 0
+        for name, size in zip(self.layout.names, self.layout.sizes, strict=True):
+            parameters[name] = (named[name], start)
+            start += size
+        device = next(model.parameters()).device
+        devices = [device] if device.type == "cuda" else []
+        kept = [(parameter, parameter.grad) for parameter, _ in parameters.values()]
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            views = _views(features, self.augmentation, device)
+            held = _Held(model)
+
+            def finished(tracked: Tracked, uses: list[Use]) -> None:
+                held.gradients += tracked.value.numel() * made_whole(uses)
+                _require_isolation(tracked, uses, index)
+
+            recorder = Recorder(parameters, len(features), views.shape[1], finished, channels_last=self.channels_last)
+            copies = Copies(model, self.without_rule, recorder)
+            rows = laid_out(views.flatten(0, 1), channels_last=self.channels_last)
+            with copies.in_place(), recorder, saved_tensors_hooks(held.count, lambda tensor: tensor):
+                outputs = model(rows)
+            held.activations = recorder.activations
+            tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            held.foreign = has_foreign_functions(tensors)
+            try:
+                _differentiate_one(model, tensors, index * views.shape[1], views.shape[1])
+                copies.collect()
+                for tracked, uses in recorder.rest():
+                    finished(tracked, uses)
+            finally:
+                for parameter, gradient in kept:
+                    parameter.grad = gradient
+        return held
 
 
-def _differentiate_first(model: nn.Module, outputs: Any, views: int) -> None:
-    """Differentiate something that depends on the outputs of the first record only."""
-    tensors = [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor) and value.requires_grad]
-    if tensors:
-        firsts = [value[:views].float() for value in tensors]
-        differentiate(torch.stack([first.square().sum() + first.sum() for first in firsts]).sum(), model)
+def _differentiate_one(model: nn.Module, outputs: list[Tensor], first: int, views: int) -> None:
+    """Differentiate something that depends on the outputs of one record only, whose rows begin at ``first``."""
+    if outputs:
+        chosen = [value[first : first + views].float() for value in outputs]
+        differentiate(torch.stack([part.square().sum() + part.sum() for part in chosen]).sum(), model)
 
 
-def _require_isolation(tracked: Tracked, uses: list[Use]) -> None:
-    """Require that no record but the first has a gradient."""
-    for use, record in product(uses, range(1, uses[0].num_records)):
+def _require_isolation(tracked: Tracked, uses: list[Use], index: int) -> None:
+    """Require that no record but one has a gradient."""
+    for use, record in product(uses, range(uses[0].num_records)):
+        if record == index:
+            continue
         low, high = torch.aminmax(use.gradients(record, record + 1))
         if bool(low < 0) or bool(high > 0):  # broken weights make everything NaN, and show nothing
             text = (

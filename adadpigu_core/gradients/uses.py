@@ -1,8 +1,7 @@
 """What the gradients of a parameter follow from: inputs and output gradients of the layers that use it.
 
-A ``Use`` knows three ways to what the engine wants of the gradients g_i of n records, and none of them needs all of
-them at once: the gradients of a few records, the weighted sum over all records, and, where a layer has a short cut, the
-weighted squared norms.
+A ``Use`` knows what the engine wants of the gradients g_i of n records, and needs not all of them at once: the
+gradients of a few records and, where a layer has a short cut, their weighted squared norms and their weighted sum.
 
 With K augmented views a record has K rows in every activation; its gradient is the sum over them, so that views are
 nothing but further positions.
@@ -40,6 +39,10 @@ class Factors:
     def apply(self, tensor: Tensor) -> Tensor:
         """Multiply the records of [n, ...] by their factors."""
         return self.clean(tensor * self.values.view(-1, *[1] * (tensor.dim() - 1)))
+
+    def of(self, start: int, stop: int) -> "Factors":
+        """Those of some records."""
+        return Factors(self.values[start:stop], None if self.broken is None else self.broken[start:stop])
 
     def clean(self, tensor: Tensor) -> Tensor:
         """Replace the records of [n, ...] that do not count by zeros."""
@@ -81,17 +84,17 @@ class Use(ABC):
         """Write gradients of some records to ``target``, float32 [stop - start, P], in the use's own order."""
         target.copy_(self.gradients(start, stop))
 
-    @abstractmethod
-    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
-        """Add the sum of c_i g_i to ``total``, float32 [*shape]."""
-
-    def set_weighted_sum(self, factors: Factors, total: Tensor) -> None:
-        """Put the sum of c_i g_i into ``total``, float32 [*shape], whatever was there."""
-        self.add_weighted_sum(factors, total.zero_())
-
     def squared_norms(self, block: Block) -> SquaredNorms | None:
         """A cheaper way to the norms than through ``gradients``, if there is one."""
         return None
+
+    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Where there is one, add the sum of c_i g_i to ``total``, float32 [*shape]."""
+        raise NotImplementedError
+
+    def set_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Put that sum into ``total``, float32 [*shape], whatever was there."""
+        self.add_weighted_sum(factors, total.zero_())
 
     def restricted(self, part: Part) -> "Use | None":
         """The same use of some rows and columns of the parameter only, if that is less work."""
@@ -135,10 +138,6 @@ class Dense(Use):
     def forget(self) -> None:
         """Let go of the gradients as they were."""
         self.values = self.values.new_empty(0)
-
-    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
-        """Add the sum of c_i g_i."""
-        total += (factors.values @ factors.clean(self.values).flatten(1)).view_as(total)
 
 
 class Product(Use):

@@ -9,7 +9,7 @@ from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError, MessageError
 from adadpigu_core.gradients import (
     GradientOptions,
-    check_gradients,
+    check_model,
     check_precision,
     check_rounding,
     clipped_sum,
@@ -102,7 +102,7 @@ def test_half_precision_keeps_the_records_of_ordinary_models_apart(make_model, m
 def test_half_precision_that_mixes_records_by_a_bit_is_refused():
     """One bit of bfloat16 in what all others contribute: 1e-3 of C for each of them, which adds up."""
     check_precision(_Crowded(0.0), cross_entropy, (6,), 3, HALF)
-    check_gradients(_Crowded(2**-8), cross_entropy, (6,), 3)  # in float32 there is nothing to refuse
+    check_model(_Crowded(2**-8), cross_entropy, (6,), 3)  # in float32 there is nothing to refuse
     check_precision(_Crowded(2**-8), cross_entropy, (6,), 3, GradientOptions())
     with pytest.raises(ConfigurationError, match="use float32") as refused:
         check_precision(_Crowded(2**-8), cross_entropy, (6,), 3, HALF)

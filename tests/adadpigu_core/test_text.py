@@ -6,7 +6,7 @@ import torch
 
 from adadpigu_core import datasets
 from adadpigu_core.exceptions import ConfigurationError, DataError
-from adadpigu_core.gradients import check_gradients, cross_entropy
+from adadpigu_core.gradients import check_model, cross_entropy
 from adadpigu_core.models import ModelSpec, build, check_isolation, default_model
 from adadpigu_core.text import VOCABULARY, TextSource, features_of
 
@@ -90,7 +90,7 @@ def test_the_embedding_bag_is_a_model_like_any_other(file):
     spec = ModelSpec("adadpigu_core.text:embedding_bag", "relu", "none", data.input_shape, 2)
     model = build(spec, seed=0)
     check_isolation(model, torch.rand(4, 8))
-    check_gradients(model, cross_entropy, spec.input_shape, 2)
+    check_model(model, cross_entropy, spec.input_shape, 2)
     padded = torch.cat([data.test.features, torch.zeros(4, 3)], dim=1)
     assert torch.allclose(model(padded), model(data.test.features), atol=1e-6)
     assert default_model("text:any.tsv") == "linear"

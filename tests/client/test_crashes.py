@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import client.node
-from adadpigu_core import archive, masking
+from adadpigu_core import archive, masking, private_step
 from adadpigu_core.adaptive_clipping import AdaptiveClipping
 from adadpigu_core.messages import Refusal, TrainReply
 
@@ -57,6 +57,21 @@ class TestOutcomeOfACharge:
         before = described.charged()
         assert refused(described.train(), "internal") == ""
         assert described.charged() == before
+
+    def test_a_model_that_does_not_take_the_drawn_records_shows_nothing_of_it(self, described, monkeypatch, caplog):
+        """From outside it is a release like any other: of noise alone, charged as ever."""
+
+        def fails(*arguments, **settings):
+            raise RuntimeError("record 17 is beyond the table")
+
+        monkeypatch.setattr(private_step, "clipped_sum", fails)
+        reply = described.train()
+        assert isinstance(reply, TrainReply)
+        assert np.count_nonzero(reply.update) == len(reply.update), "noise everywhere"
+        assert "record 17 is beyond the table" in caplog.text
+        assert [len(rows) for rows in described.charged()] == [1, 1]
+        monkeypatch.undo()
+        assert np.array_equal(described.train().update, reply.update), "asked again, the same release"
 
     def test_a_refusal_keeps_what_the_client_remembers(self, described):
         settings = {"clipping": AdaptiveClipping("energy"), "client_statistics": True}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adadpigu_core.gradients.recorder import Argument, Layer, Recorder, register_rule
 from adadpigu_core.gradients.transform import Block, Part
-from adadpigu_core.gradients.uses import Dense, Factors, Product, Use
+from adadpigu_core.gradients.uses import Dense, Product, Use
 
 _CACHED_FLOATS = 300_000
 _CACHED_PATCHES = 600_000  # floats of gradients and patches together
@@ -132,18 +132,6 @@ class Filters(Use):
         grouped = part.reshape(stop - start, self._views, *part.shape[1:]).transpose(0, 1)
         return grouped.reshape(self._views, -1, *part.shape[2:])
 
-    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
-        """Add the sum of c_i g_i as one weight gradient."""
-        if self._views > 1:
-            broken = factors.broken
-            factors = Factors(
-                factors.values.repeat_interleave(self._views),
-                None if broken is None else broken.repeat_interleave(self._views),
-            )
-        weight = self.errors.new_zeros(()).expand(self._shape)
-        inputs, errors = factors.clean(self.inputs), factors.apply(self.errors)
-        total += self.geometry.backward(errors, inputs, weight, self.geometry.groups, of_input=False)
-
 
 class Patches(Filters):
     """Filters of a plain convolution in two dimensions, by products with patches.
@@ -193,11 +181,12 @@ class Patches(Filters):
 
 @dataclass
 class Convolution(Layer):
-    """A convolution with bias."""
+    """A convolution with bias; with its channels last its output has them last, too."""
 
     weight: Argument
     bias: Argument | None
     geometry: Geometry
+    channels_last: bool
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
@@ -210,7 +199,7 @@ class Convolution(Layer):
         bias = None if self.bias is None else self.bias.value
         return torch.convolution(
             x,
-            _channels_last(self.weight.value),
+            _channels_last(self.weight.value) if self.channels_last else self.weight.value,
             bias,
             g.stride,
             g.padding,
@@ -280,7 +269,8 @@ def _convolve(
         _each(output_padding, dimensions),
         groups,
     )
-    return recorder.apply(Convolution(argument, None if bias is None else recorder.argument(bias), geometry), x)
+    shift = None if bias is None else recorder.argument(bias)
+    return recorder.apply(Convolution(argument, shift, geometry, recorder.channels_last), x)
 
 
 def _each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:

@@ -85,6 +85,8 @@ def _split(recorder: Recorder, one: Any, other: Any) -> tuple[Tensor, Tracked, b
     if first is not None and second is not None:
         raise UnsupportedUseError(tracked.name, "is combined with another parameter")
     data = recorder.data(one if second is not None else other, tracked)
+    if data.is_complex():
+        raise UnsupportedUseError(tracked.name, "is combined with complex numbers")
     shape = torch.broadcast_shapes(data.shape, tracked.value.shape)  # type: ignore[no-untyped-call]  # of torch
     if len(shape) != data.dim() or shape[0] != data.shape[0]:
         raise UnsupportedUseError(tracked.name, "is broadcast to more than its data")

@@ -3,8 +3,8 @@
 The oracle differentiates a float64 copy of the model for one view of one record at a time, by ordinary autograd: no
 vmap, no hooks, and no formula of the engine's.
 
-Tolerance: a norm may be wrong by 1e-5 of the size of what it is computed from, and by what float32 costs anybody; a
-sum by 1e-5 of the sizes of what is added up, and by that.
+Tolerance: a norm may be wrong by 1e-5 of the size of what it is computed from, a sum by 1e-5 of the sizes of what is
+added up, and both by what float32 costs anybody.
 
 * Size is the norm of m (|g| + |a|) / b. Without a mean it is the norm of u itself. Where the mean takes nearly all of a
   gradient away, it is larger: (g - a)^2 may be computed as g^2 - 2 g a + a^2, which has an error relative to g^2 + a^2.
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
-from adadpigu_core.gradients import ClippedSum, check_gradients, clipped_sum
+from adadpigu_core.gradients import ClippedSum, check_model, clipped_sum
 
 CLASSES = 3
 LAST_BIT = 2.0**-23
@@ -86,7 +86,6 @@ class Expected:
 
     @property
     def tolerances(self) -> Tensor:
-        """Of the norms."""
         return self.relative + self.rounding
 
     @property
@@ -298,17 +297,10 @@ def _agree(
 
 
 def _agree_or_refuse(model: nn.Module, records: Records, *names: str, **arguments: Any) -> None:
-    """For what need not be supported, but must never be silently wrong.
-
-    Args:
-        model: In a refusal, one of ``names`` must be named, and a remedy.
-        records: Compared with the oracle if nothing is refused.
-        names: Of modules, parameters or kinds.
-        arguments: For `_agree`.
-    """
+    """For what need not be supported, but must never be silently wrong: a refusal has one of ``names`` and a remedy."""
     try:
         shape = tuple(records.features.shape[1:])
-        check_gradients(model, arguments.get("loss", _cross_entropy), shape, CLASSES)  # as a client does before a run
+        check_model(model, arguments.get("loss", _cross_entropy), shape, CLASSES)  # as a client does before a run
         _agree(model, records, **arguments)
     except ModelError as error:
         refusal = str(error)
@@ -325,7 +317,6 @@ def agree_or_refuse() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def remedy() -> re.Pattern[str]:
-    """What a message that says what to do must have in it."""
     return REMEDY
 
 

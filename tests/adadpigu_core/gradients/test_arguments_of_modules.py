@@ -10,7 +10,7 @@ from torch import nn
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
-from adadpigu_core.gradients import check_gradients, clipped_sum, cross_entropy
+from adadpigu_core.gradients import clipped_sum, cross_entropy
 from adadpigu_core.parameters import ParameterLayout
 
 
@@ -97,9 +97,11 @@ class Growing(nn.Module):
         return self.head(x.mean(1))
 
 
-def test_a_module_that_is_called_as_often_as_there_are_records_is_refused(built):
+def test_a_module_that_is_called_as_often_as_there_are_records_is_refused(built, records_of):
+    model = built(Growing)
+    given = Standardisation.identity(ParameterLayout.of(model).num_parameters)
     with pytest.raises(ModelError, match="inner is called in another way for another batch"):
-        check_gradients(built(Growing), cross_entropy, (5, 4), 3)
+        clipped_sum(model, cross_entropy, records_of((5, 4), 3), given, 1.0)
 
 
 class Shared(nn.Module):

@@ -4,7 +4,7 @@ from torch import nn
 
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.exceptions import ModelError
-from adadpigu_core.gradients import GradientOptions, check_gradients, clipped_sum, recorder
+from adadpigu_core.gradients import GradientOptions, check_model, clipped_sum, recorder
 from adadpigu_core.parameters import ParameterLayout
 
 EMBED = 8
@@ -164,7 +164,7 @@ def test_called_in_both_ways(agree, built, records_of, order, limit, bias):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_called_in_both_ways_is_accepted(built, cross_entropy, order):
-    check_gradients(built(lambda: Sequence(order)), cross_entropy, (5, EMBED), 3)
+    check_model(built(lambda: Sequence(order)), cross_entropy, (5, EMBED), 3)
 
 
 def test_what_is_counted_twice_is_refused(monkeypatch, built, records_of, cross_entropy):

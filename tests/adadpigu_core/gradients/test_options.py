@@ -94,7 +94,7 @@ def test_a_memory_limit_bounds_the_physical_batch(built, records_of, cross_entro
 
 @pytest.mark.parametrize(("megabytes", "expected"), [(1, 64), (6, 16), (12, 16), (64, 4), (1000, 1)])
 def test_large_records_get_more_memory_up_to_a_bound(megabytes, expected):
-    found = survey.Survey(frozenset(), megabytes * 2**20)
+    found = survey.Survey({}, megabytes * 2**20, channels_last=False, foreign=False)
     batches = engine._physical_batches(256, found, gradients.GradientOptions(), torch.device("cpu"))
     assert batches[0] == (0, expected)
 

@@ -157,7 +157,7 @@ def test_gradients_whose_squares_leave_the_range_of_float32_stay_within_the_boun
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("clipping_norm", [1e-30, 1e-6, 1e6, 1e30])
+@pytest.mark.parametrize("clipping_norm", [1e-12, 1e-6, 1e6, 1e30])
 def test_extreme_clipping_norms(
     built, records_of, reference_of, standardisation_of, expected_of, compare, cross_entropy, name, clipping_norm
 ):
@@ -166,3 +166,15 @@ def test_extreme_clipping_norms(
     given = standardisation_of(reference, "full", "zero", "layer")
     result = clipped_sum(model, cross_entropy, records, given, clipping_norm)
     compare(result, expected_of(reference, given, clipping_norm), given)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("clipping_norm", [1e-45, 1e-38, 1e-30])
+def test_beside_tiny_clipping_norms_a_record_contributes_nothing(
+    built, records_of, reference_of, standardisation_of, cross_entropy, name, clipping_norm
+):
+    model, records = built(MODELS[name][0]), records_for(name, records_of, 3)
+    given = standardisation_of(reference_of(model, records), "full", "zero", "tiny")
+    result = clipped_sum(model, cross_entropy, records, given, clipping_norm)
+    assert bool((result.norms > 1e19 * clipping_norm).all())
+    assert not result.total.any(), "factors among the denormal numbers are not exact, and may be too large"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from adadpigu_core.configuration import parse
-from adadpigu_core.gradients import check_gradients
+from adadpigu_core.gradients import check_model
 from adadpigu_core.gradients.clipping import cross_entropy
 from adadpigu_core.models import ModelSpec, StandardisedConv2d, build, check_isolation, check_private
 from simulations.simulate import read_settings
@@ -28,7 +28,7 @@ def test_the_wide_residual_network_of_the_rows(row):
 def test_the_narrow_residual_network_of_the_fine_tuning_row():
     name = parse(read_settings(EXPERIMENTS / "fine_tuning_deep_10_eps1.toml")).task.model
     model = build(ModelSpec(name, "relu", "none", (1, 28, 28), 10), seed=0)
-    check_gradients(model, cross_entropy, (1, 28, 28), 10)
+    check_model(model, cross_entropy, (1, 28, 28), 10)
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 15
     assert sum(parameter.ndim > 1 for parameter in model.parameters()) == 16
 
