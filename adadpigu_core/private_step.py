@@ -127,8 +127,8 @@ def private_step(
         charge: Called with the event before any noise is drawn; raises to refuse.
         options: How gradients are computed.
         augmentation: Random views of a record, drawn from ``randomness``.
-        failed: Told if the gradients of the drawn records cannot be computed. They then count as zero and noise alone
-            is released, since even that it went wrong would tell of these records. None: the error is raised.
+        failed: Told if the model fails on drawn records. Those on which it does count as zero, and no others, so that a
+            record still moves the sum by C at most and that it failed shows nowhere. None: the error is raised.
 
     Returns:
         The release, the statistics that have learnt from it, and the event.
@@ -137,19 +137,37 @@ def private_step(
     drawn = records.select(torch.from_numpy(poisson_sample(len(records), mechanism.sampling_probability, randomness)))
     with seeded(randomness.torch_seed(), next(model.parameters()).device):
         norm = mechanism.clipping_norm
-        try:
-            found = clipped_sum(model, loss, drawn, standardisation, norm, options=options, augmentation=augmentation)
-            total = found.total
-        except Exception as error:
-            if failed is None:
-                raise
-            failed(error)
-            total = torch.zeros_like(standardisation.scale)
+
+        def sum_of(some: Records) -> Tensor:
+            found = clipped_sum(model, loss, some, standardisation, norm, options=options, augmentation=augmentation)
+            return found.total
+
+        if failed is None:
+            total = sum_of(drawn)
+        else:
+            sum_of(drawn.select([]))  # what fails without any record fails for all alike, and is no secret
+            total = _whatever_happens(sum_of, drawn, failed, standardisation)
     charge(mechanism.event)
     release = _release(total, standardisation, mechanism, randomness)
     if statistics.learn:
         statistics = statistics.updated(release.gradient, release.noise_stddev, mask)
     return release, statistics, mechanism.event
+
+
+def _whatever_happens(
+    sum_of: Callable[[Records], Tensor], some: Records, failed: Callable[[Exception], None], given: Standardisation
+) -> Tensor:
+    """Sum over the records on which a model does not fail, which are found by halves."""
+    try:
+        return sum_of(some)
+    except Exception as error:
+        if len(some) <= 1:
+            failed(error)
+            return torch.zeros_like(given.scale)
+    middle = len(some) // 2
+    halves = (some.select(list(range(middle))), some.select(list(range(middle, len(some)))))
+    first, second = (_whatever_happens(sum_of, half, failed, given) for half in halves)
+    return first + second
 
 
 def _release(total: Tensor, given: Standardisation, mechanism: Mechanism, randomness: Randomness) -> Release:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adadpigu_core.datasets import Records
 
 _COUNT = 4
-_SIZES = (1.0, 0.01, 30.0, 0.3)  # of records beside each other
+_SIZES = (1.0, 0.01, 3.0, 0.3)  # of records beside each other
 _LENGTHS = (0.5, 0.25, 1.0, 0.125)  # in no order, so that sorting moves them
 _TOKENS = 4  # a vocabulary that every model with one has
 _NOT_TAKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, ArithmeticError, AssertionError)
@@ -43,36 +43,42 @@ def kinds(model: nn.Module, input_shape: tuple[int, ...], num_classes: int) -> I
     are, with more or fewer zeros behind them.
     """
     plain = made_up(input_shape, num_classes)
-    yield plain
     generator = torch.Generator().manual_seed(1)
     sizes = torch.tensor(_SIZES).view(-1, *[1] * len(input_shape))
     length = math.prod(input_shape)
     ends = torch.tensor([max(1, round(share * length)) for share in _LENGTHS])
     tokens = torch.randint(1, _TOKENS, (_COUNT, length), generator=generator)
     tokens = tokens.masked_fill(torch.arange(length) >= ends.unsqueeze(1), 0)
-    for features in (sizes * torch.randn(_COUNT, *input_shape, generator=generator), tokens.view_as(plain.features)):
-        if _takes(model, features.float()):
-            yield Records(features.float(), plain.labels)
+    signed = sizes * torch.randn(_COUNT, *input_shape, generator=generator)
+    for features in (plain.features, signed, tokens.view_as(signed).float()):
+        if _takes(model, features):
+            yield Records(features, plain.labels)
 
 
 def _takes(model: nn.Module, features: Tensor) -> bool:
+    """Whether a copy of a model gives a number for each record alone: what fails or overflows shows nothing."""
+    copied, device = copy.deepcopy(model), next(model.parameters()).device
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outputs = [model(rows.to(next(model.parameters()).device)) for rows in (features, features[:1])]
+            outputs = [copied(row.to(device)) for row in features.unsqueeze(1)]
     except _NOT_TAKEN:
         return False
-    return all(bool(torch.isfinite(output).all()) for output in outputs)
+    return all(isinstance(output, Tensor) and bool(torch.isfinite(output).all()) for output in outputs)
 
 
 def redrawn(model: nn.Module) -> nn.Module:
-    """Copy a model and draw its trainable weights anew, so that none of them is zero and layers keep their sizes."""
+    """Copy a model with other weights and buffers, none of them zero; what is positive throughout stays so."""
     copied = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in copied.parameters():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-            if parameter.dim() > 1:
-                parameter.copy_(noise * math.sqrt(len(parameter) / parameter.numel()))
+        for values in (*copied.parameters(), *(b for b in copied.buffers() if b.is_floating_point())):
+            noise = torch.randn(values.shape, generator=generator).to(values.device)
+            if bool((values > 0).all()) or bool((values < 0).all()):
+                values.mul_(torch.exp(noise / 2))
+            elif not values.requires_grad:
+                values.add_(noise.abs() / 2)
+            elif values.dim() > 1:
+                values.copy_(noise * math.sqrt(len(values) / values.numel()))
             else:
-                parameter.add_(noise / 2)
+                values.add_(noise / 2)
     return copied

@@ -202,8 +202,8 @@ def _release(
 
 
 def _report(ledger: Ledger, error: Exception) -> None:
-    """Say here, and nowhere else, that a model does not take some records."""
-    log.error("%s: no gradients, so that noise alone is released: %s", ledger.data_set, error, exc_info=error)
+    """Say here, and nowhere else, that a model does not take a record."""
+    log.error("%s: no gradient of a record, which counts as zero: %s", ledger.data_set, error, exc_info=error)
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,8 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     measure = request.importance_measure
     require(measure in ("", *MEASURES), "importance-measure", f"unknown value {measure!r}")
     model, layout = _model(request.model, "", site)
+    _check_once(request.model, fingerprint(request.model), site.device)
+    _check_once(request.model, fingerprint(request.model), site.device)
     require(
         len(request.weights) == layout.num_parameters,
         "weights",

@@ -29,6 +29,7 @@ from adadpigu_core.parameters import ParameterLayout
 from adadpigu_core.trials import kinds, made_up, redrawn
 
 _SEEDS = 8  # of a model's random draws
+_SIZES = (1.0, 1e3, 1e-3, 30.0)  # of the losses of records beside each other
 _PROBES = 3
 _LAST_BITS = 2.0**-22  # relative to a weight: four times its rounding error
 _LARGEST_DISAGREEMENT = 1e-4  # networks in ordinary training are at 1e-6, chaotic ones above 1e-3
@@ -90,27 +91,43 @@ def check_model(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_
         ModelError: Records are mixed, gradients differ, or the engine has to refuse the model.
     """
     check_private(model)
-    check_isolation(model, made_up(input_shape, num_classes, 2).features, seeds=_SEEDS)
-    for weights in (model, redrawn(model)):
-        for records in kinds(weights, input_shape, num_classes):
+    tried = list(kinds(model, input_shape, num_classes)) or [made_up(input_shape, num_classes)]
+    check_isolation(model, tried[0].features, seeds=_SEEDS)
+    other = redrawn(model)
+    for weights, several in ((model, tried), (other, kinds(other, input_shape, num_classes))):
+        for records in several:
             check_isolation(weights, records.features)
             _check_gradients(weights, loss, records)
 
 
 def _check_gradients(model: nn.Module, loss: Loss, records: Records) -> None:
+    """Compare gradients of losses of very unlike size, by which what is done to those of a whole batch shows itself."""
     copied = copy.deepcopy(model).eval()  # without dropout, so that two passes agree
     identity = Standardisation.identity(ParameterLayout.of(copied).num_parameters)
-    expected = torch.stack([_gradient(copied, loss, records.select([i])) for i in range(len(records))])
-    found = clipped_sum(copied, loss, records, identity, float("inf"))
-    wrong = (found.total - expected.sum(0)).norm() > _TOLERANCE * expected.norm() or not torch.allclose(
-        found.norms, expected.double().norm(dim=1), rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.norm())
+    sizes = torch.tensor(_SIZES)
+
+    def weighted(outputs: Tensor, labels: Tensor) -> Tensor:
+        return loss(outputs, labels) * sizes.to(outputs.device)
+
+    alone = [_gradient(copied, _times(loss, size), records.select([i])) for i, size in enumerate(_SIZES)]
+    expected = torch.stack(alone)
+    found = clipped_sum(copied, weighted, records, identity, float("inf"))
+    norms = expected.double().norm(dim=1) / sizes
+    wrong = (
+        not bool(torch.isfinite(expected).all())
+        or (found.total - expected.sum(0)).norm() > _TOLERANCE * expected.norm()
+        or not torch.allclose(found.norms / sizes, norms, rtol=_TOLERANCE, atol=_TOLERANCE * float(norms.norm()))
     )
-    if wrong or not bool(torch.isfinite(expected).all()):
+    if wrong:
         text = (
-            f"the gradients of records in {type(model).__name__} do not add up to ordinary ones: leave out layers that "
-            "mix records, and uses of parameters that torch does not show"
+            f"the gradients of records in {type(model).__name__} do not add up to ordinary ones: leave out layers "
+            "and losses that mix records, and uses of parameters that torch does not show"
         )
         raise ModelError(text, text)
+
+
+def _times(loss: Loss, size: float) -> Loss:
+    return lambda outputs, labels: loss(outputs, labels) * size
 
 
 def check_precision(

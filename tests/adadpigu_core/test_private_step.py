@@ -11,8 +11,10 @@ from torch import nn
 from adadpigu_core.accounting import Event
 from adadpigu_core.adaptive_clipping import AdaptiveClipping, FixedStatistics, RunningStatistics
 from adadpigu_core.datasets import Records
-from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.exceptions import ConfigurationError, ModelError
+from adadpigu_core.gradients import cross_entropy
 from adadpigu_core.parameters import ParameterLayout, assign, flatten
+from adadpigu_core.private_step import private_step
 from adadpigu_core.sampling import SeededRandomness
 
 KINDS = ("linear", "mlp", "cnn")
@@ -254,3 +256,62 @@ def test_dropout_follows_the_given_randomness_and_not_the_global_one(step, plain
         other = step(model, records, chosen, SeededRandomness(6))[0].gradient
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+class _Words(nn.Module):
+    """Fails on words beyond its table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(self.table(x.long()).mean(1))
+
+
+@pytest.mark.parametrize("where", [0, 7, 20])
+def test_a_record_on_which_the_model_fails_takes_no_other_with_it(mechanism, where):
+    """One record moves the sum by C at most, so that the others have to stay when it fails."""
+    torch.manual_seed(0)
+    model, features = _Words(), torch.randint(10, (20, 6)).float()
+    labels, broken = torch.randint(3, (20,)), torch.full((1, 6), 10.0)
+    with_broken = Records(torch.cat([features[:where], broken, features[where:]]), torch.cat([labels, labels[:1]]))
+    order = [number for number in range(21) if number != where]
+    whole = Records(features, with_broken.labels[order])
+    statistics, mask = FixedStatistics.neutral(dimension(model)), torch.ones(dimension(model), dtype=torch.bool)
+    chosen = mechanism(20, clipping_norm=0.01, noise_multiplier=0.0, sampling_probability=1.0)
+    reports, events = [], []
+
+    def release(records, failed):
+        found, _, _ = private_step(
+            model, cross_entropy, records, chosen, mask, statistics, SeededRandomness(0), events.append, failed=failed
+        )
+        return found.gradient
+
+    expected, found = release(whole, None), release(with_broken, reports.append)
+    assert len(reports) == 1
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-9)
+    assert bool(expected.any())
+    with pytest.raises(IndexError):
+        release(with_broken, None)
+    assert len(events) == 2, "nothing was released, and nothing charged"
+
+
+def test_what_fails_without_any_record_is_no_secret(plain):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    statistics, mask = FixedStatistics.neutral(dimension(model)), torch.ones(dimension(model), dtype=torch.bool)
+    records = Records(torch.rand(5, 4), torch.zeros(5, dtype=torch.long))
+    reports, events = [], []
+    with pytest.raises(ModelError, match="replace it"):
+        private_step(
+            model,
+            cross_entropy,
+            records,
+            plain(5),
+            mask,
+            statistics,
+            SeededRandomness(0),
+            events.append,
+            failed=reports.append,
+        )
+    assert reports == events == []

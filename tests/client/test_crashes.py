@@ -13,6 +13,7 @@ import torch
 import client.node
 from adadpigu_core import archive, masking, private_step
 from adadpigu_core.adaptive_clipping import AdaptiveClipping
+from adadpigu_core.exceptions import ModelError
 from adadpigu_core.messages import Refusal, TrainReply
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,11 +59,14 @@ class TestOutcomeOfACharge:
         assert refused(described.train(), "internal") == ""
         assert described.charged() == before
 
-    def test_a_model_that_does_not_take_the_drawn_records_shows_nothing_of_it(self, described, monkeypatch, caplog):
-        """From outside it is a release like any other: of noise alone, charged as ever."""
+    def test_that_a_model_fails_on_a_record_shows_nowhere(self, described, monkeypatch, caplog):
+        """From outside it is a release like any other, charged as ever."""
+        real = private_step.clipped_sum
 
-        def fails(*arguments, **settings):
-            raise RuntimeError("record 17 is beyond the table")
+        def fails(model, loss, records, *arguments, **settings):
+            if len(records):
+                raise RuntimeError("record 17 is beyond the table")
+            return real(model, loss, records, *arguments, **settings)
 
         monkeypatch.setattr(private_step, "clipped_sum", fails)
         reply = described.train()
@@ -72,6 +76,15 @@ class TestOutcomeOfACharge:
         assert [len(rows) for rows in described.charged()] == [1, 1]
         monkeypatch.undo()
         assert np.array_equal(described.train().update, reply.update), "asked again, the same release"
+
+    def test_a_network_is_looked_at_before_it_trains_whichever_was_described(self, described, monkeypatch):
+        def refuses(*_):
+            raise ModelError("it mixes records", "it mixes records")
+
+        client.node._check_once.cache_clear()
+        monkeypatch.setattr(client.node, "check_model", refuses)
+        assert refused(described.train(), "model") == "it mixes records"
+        assert described.charged() == ([], [])
 
     def test_a_refusal_keeps_what_the_client_remembers(self, described):
         settings = {"clipping": AdaptiveClipping("energy"), "client_statistics": True}

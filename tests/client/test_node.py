@@ -159,6 +159,7 @@ class TestDescribe:
             return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), Centred())
 
         monkeypatch.setattr(client.node, "build", mixing)
+        client.node._check_once.cache_clear()
         node_layout = client.node.ParameterLayout.of(mixing(None, 0)).fingerprint
         assert "mixes the records" in refused(node.describe(layout=node_layout), "model")
         assert node.rows("plans") == []

@@ -6,13 +6,14 @@ gradients of equal tokens are added up by a product with the matrix that says wh
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adadpigu_core.exceptions import ModelError
-from adadpigu_core.gradients.recorder import Argument, Layer, Recorder, register_rule
+from adadpigu_core.gradients.recorder import DECOMPOSITIONS, Argument, Layer, Recorder, register_rule
 from adadpigu_core.gradients.transform import Block
 from adadpigu_core.gradients.uses import UNDERFLOW, Factors, SquaredNorms, Use
 
@@ -136,3 +137,14 @@ def embedding(
         raise ModelError(text, text)
     padding = None if padding_idx is None else padding_idx % len(weight)
     return recorder.apply(Embedding(argument, padding), recorder.data(input, argument.tracked))
+
+
+def _padded(input: Tensor, weight: Tensor, padding_idx: int | None = None, *others: Any, **settings: Any) -> Tensor:
+    """Look up without torch's own padding, which under `vmap` is left out of the first record's gradient only."""
+    found = F.embedding(input, weight, None, *others, **settings)
+    if padding_idx is None:
+        return found
+    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), found.detach(), found)
+
+
+DECOMPOSITIONS[F.embedding] = _padded

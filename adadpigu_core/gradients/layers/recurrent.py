@@ -112,6 +112,10 @@ class _Unwatched:
     def tracked(_value: object) -> None:
         return None
 
+    @staticmethod
+    def unsupported(reason: str, *_values: object) -> ValueError:
+        return ValueError(f"it {reason}")
+
 
 for _cell, _of_network, _of_cell in (
     (_lstm, torch.lstm, torch.lstm_cell),

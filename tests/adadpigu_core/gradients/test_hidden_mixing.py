@@ -72,6 +72,52 @@ def closed_gates():
     return Model(behind_closed_gates, first=nn.Linear(6, 6), last=nn.Linear(6, CLASSES), closed=closed, gate=gate)
 
 
+class Clipped(torch.autograd.Function):
+    """A batch's gradients, scaled by their norm."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (5 / (gradient.norm() + 1e-6)).clamp(max=1)
+
+
+def clipped_by_a_function(model, x):
+    return model.last(Clipped.apply(torch.tanh(model.first(x))))
+
+
+def clipped_in_the_graph(model, x):
+    hidden = torch.tanh(model.first(x))
+    if hidden.grad_fn is not None:
+        hidden.grad_fn.register_prehook(lambda g: (g[0] * (5 / (g[0].norm() + 1e-6)).clamp(max=1),))
+    return model.last(hidden)
+
+
+def behind_a_switch(model, x):
+    if model.switch > 0:
+        x = x - x.mean(0)
+    return model.last(x)
+
+
+def switched():
+    model = Model(behind_a_switch, last=linear())
+    model.register_buffer("switch", torch.zeros(()))
+    return model
+
+
+def remembering(model, x):
+    model.seen += x.mean(0).detach()
+    return model.last(x)
+
+
+def with_memory():
+    model = Model(remembering, last=linear())
+    model.register_buffer("seen", torch.zeros(6))
+    return model
+
+
 def by_experts(model, x):
     """Which layer a record meets depends on it, so that a layer sees some of the records."""
     outputs = torch.zeros(len(x), CLASSES)
@@ -108,6 +154,10 @@ HIDDEN = {
     "behind closed gates": (closed_gates, (6,)),
     "by experts": (lambda: Model(by_experts, first=linear(), last=linear()), (6,)),
     "watched": (watched, (6,)),
+    "clipped by a function": (lambda: Model(clipped_by_a_function, first=linear(6, 6), last=linear()), (6,)),
+    "clipped in the graph": (lambda: Model(clipped_in_the_graph, first=linear(6, 6), last=linear()), (6,)),
+    "behind a switch": (switched, (6,)),
+    "with memory": (with_memory, (6,)),
 }
 
 
@@ -126,7 +176,50 @@ def picked(model, x):
     return model.last(model.table(tokens)[torch.arange(len(x)), last])
 
 
+class Positions(nn.Module):
+    """A table with padding beside positions that have no rule, so that all of it needs copies of its parameters."""
+
+    def __init__(self, padding):
+        super().__init__()
+        self.table, self.last = nn.Embedding(12, 6, padding_idx=padding), linear(6)
+        self.positions = nn.Parameter(torch.randn(16, 6) / 2)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.table(x.long()) + self.positions[: x.shape[1]]).mean(1))
+
+
+class Scaled(nn.Module):
+    """Has a parameter that must stay positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.size, self.last = nn.Parameter(torch.ones(6)), linear()
+
+    def forward(self, x):
+        return self.last(x * self.size.sqrt())
+
+
+def mean_over_words(model, x):
+    """Without words there is no mean: 0 / 0."""
+    tokens = x.long()
+    there = (tokens != 0).unsqueeze(2)
+    return model.last((model.table(tokens) * there).sum(1) / there.sum(1))
+
+
+def sines(model, x):
+    return model.last(torch.sin(30 * model.first(x)))
+
+
 HARMLESS = {
+    "padding at 0": (lambda: Positions(0), (6,)),
+    "padding at 11": (lambda: Positions(11), (6,)),
+    "positive": (Scaled, (6,)),
+    "mean over words": (lambda: Model(mean_over_words, table=nn.Embedding(8, 4), last=linear(4)), (6,)),
+    "spectral norm": (lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(linear(6, 6)), linear()), (6,)),
+    "sines": (
+        lambda: Model(lambda model, x: model.last(torch.sin(30 * model.first(x))), first=linear(6, 6), last=linear()),
+        (6,),
+    ),
     "picked": (lambda: Model(picked, table=nn.Embedding(8, 4), last=linear(4)), (6,)),
     "logarithms": (lambda: Model(lambda model, x: model.last(x.log()), last=linear()), (6,)),
     "own scale": (lambda: Model(lambda model, x: model.last(x / x.abs().amax(1, keepdim=True)), last=linear()), (6,)),
@@ -144,6 +237,11 @@ RUNNING = {
     "added up over records": lambda x: torch.cumsum(x, 0),
     "the record before": lambda x: x + torch.cat([torch.zeros_like(x[:1]), x[:-1]]),
 }
+
+
+@pytest.mark.parametrize("padding", [0, 5, 11, -1])
+def test_padding_beside_positions_without_a_rule(agree, built, records_of, padding):
+    agree(built(lambda: Positions(padding)), records_of((6,), 6, tokens=12))
 
 
 @pytest.mark.parametrize("name", RUNNING)
