@@ -142,11 +142,13 @@ def private_step(
             found = clipped_sum(model, loss, some, standardisation, norm, options=options, augmentation=augmentation)
             return found.total
 
-        if failed is None:
+        try:
             total = sum_of(drawn)
-        else:
+        except Exception:
+            if failed is None:
+                raise
             sum_of(drawn.select([]))  # what fails without any record fails for all alike, and is no secret
-            total = _whatever_happens(sum_of, drawn, failed, standardisation)
+            total = _by_halves(sum_of, drawn, failed, standardisation)
     charge(mechanism.event)
     release = _release(total, standardisation, mechanism, randomness)
     if statistics.learn:
@@ -154,7 +156,7 @@ def private_step(
     return release, statistics, mechanism.event
 
 
-def _whatever_happens(
+def _by_halves(
     sum_of: Callable[[Records], Tensor], some: Records, failed: Callable[[Exception], None], given: Standardisation
 ) -> Tensor:
     """Sum over the records on which a model does not fail, which are found by halves."""
@@ -166,7 +168,7 @@ def _whatever_happens(
             return torch.zeros_like(given.scale)
     middle = len(some) // 2
     halves = (some.select(list(range(middle))), some.select(list(range(middle, len(some)))))
-    first, second = (_whatever_happens(sum_of, half, failed, given) for half in halves)
+    first, second = (_by_halves(sum_of, half, failed, given) for half in halves)
     return first + second
 
 
