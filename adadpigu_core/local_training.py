@@ -50,7 +50,7 @@ def train_round(
     guard: Callable[[Standardisation], None] | None = None,
     options: GradientOptions = DEFAULTS,
     augmentation: Augmentation | None = None,
-    failed: Callable[[Exception], None] | None = None,
+    failed: Callable[[BaseException], None] | None = None,
 ) -> LocalUpdate:
     """Take private steps from the weights that the model holds; the model is left at the new weights.
 

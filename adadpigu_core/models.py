@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from adadpigu_core import factories, front_ends
+from adadpigu_core.buffers import Buffers
 from adadpigu_core.exceptions import ConfigurationError, ModelError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
@@ -306,51 +307,40 @@ def check_isolation(model: nn.Module, features: Tensor, *, seeds: int = 1) -> No
     copied = copy.deepcopy(model).cpu()
     features = features.cpu()
     copied.train()
-    together, kept = _seeded_forward(copied, features)
+    together = _seeded_forward(copied, features)
     for index in range(len(features)):
-        found, kept_alike = _seeded_forward(copied, features[index : index + 1].expand_as(features).contiguous())
-        _compare(together[index], found[index], model, index, "are replaced")
-        _compare(kept, kept_alike, model, index, "are replaced, or what it keeps of them in its buffers does")
+        alike = features[index : index + 1].expand_as(features).contiguous()
+        _compare(together[index], _seeded_forward(copied, alike)[index], model, index, "are replaced")
     for seed in range(1, seeds):
         alike = features[:1].expand_as(features).contiguous()
-        (expected, _), (found, _) = (_seeded_forward(copied, batch, seed) for batch in (features, alike))
+        expected, found = (_seeded_forward(copied, batch, seed) for batch in (features, alike))
         _compare(expected[0], found[0], model, 0, "are replaced")
+    _compare(together[0], _seeded_forward(copied, features)[0], model, 0, "have been seen before")
     copied.eval()
-    together, _ = _seeded_forward(copied, features)
+    together = _seeded_forward(copied, features)
     for index in range(len(features)):
-        alone, _ = _seeded_forward(copied, features[index : index + 1])
+        alone = _seeded_forward(copied, features[index : index + 1])
         _compare(together[index], alone[0], model, index, "are left out")
 
 
-def _seeded_forward(model: nn.Module, features: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Outputs, and all buffers after the pass, [b]; the model is left with those of before."""
-    before = [
-        (module._buffers, {name: _copied(value) for name, value in module._buffers.items()})
-        for module in model.modules()
-    ]
+def _seeded_forward(model: nn.Module, features: Tensor, seed: int = 0) -> Tensor:
+    buffers = Buffers(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
             output = model(features)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(f"{type(model).__name__} cannot take features {[*features.shape]}: {error}") from error
-    after = torch.cat([torch.zeros(1), *(buffer.detach().float().flatten() for buffer in model.buffers())])
-    for buffers, values in before:
-        for name, value in values.items():
-            buffers[name] = value
+    buffers.restore()
     if not isinstance(output, Tensor) or output.shape[:1] != features.shape[:1]:
         _refuse(f"{type(model).__name__} does not give one output per record")
-    return output, after
-
-
-def _copied(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.clone()
+    return output
 
 
 def _compare(expected: Tensor, found: Tensor, model: nn.Module, index: int, change: str) -> None:
     """Compare up to float32 rounding, which depends on the batch size, relative to the largest output."""
     if expected.shape != found.shape:
-        _refuse(f"{type(model).__name__} gives outputs or buffers of another shape when the other records {change}")
+        _refuse(f"{type(model).__name__} gives outputs of another shape when the other records {change}")
     tolerance = 1e-4 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) + 1e-6
     if not torch.allclose(expected, found, rtol=0.0, atol=tolerance, equal_nan=True):
         name = type(model).__name__

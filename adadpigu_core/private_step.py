@@ -26,6 +26,7 @@ from adadpigu_core.gradients import DEFAULTS, Augmentation, GradientOptions, Los
 from adadpigu_core.noise import add_gaussian_noise
 from adadpigu_core.sampling import Randomness, poisson_sample, seeded
 
+_FAILURES = (Exception, SystemExit)  # what a model may raise
 Charge = Callable[[Event], None]
 
 
@@ -107,7 +108,7 @@ def private_step(
     charge: Charge,
     options: GradientOptions = DEFAULTS,
     augmentation: Augmentation | None = None,
-    failed: Callable[[Exception], None] | None = None,
+    failed: Callable[[BaseException], None] | None = None,
 ) -> tuple[Release, Statistics, Event]:
     """Draw, clip, charge, noise and release once.
 
@@ -144,7 +145,7 @@ def private_step(
 
         try:
             total = sum_of(drawn)
-        except Exception:
+        except _FAILURES:
             if failed is None:
                 raise
             sum_of(drawn.select([]))  # what fails without any record fails for all alike, and is no secret
@@ -157,12 +158,12 @@ def private_step(
 
 
 def _by_halves(
-    sum_of: Callable[[Records], Tensor], some: Records, failed: Callable[[Exception], None], given: Standardisation
+    sum_of: Callable[[Records], Tensor], some: Records, failed: Callable[[BaseException], None], given: Standardisation
 ) -> Tensor:
     """Sum over the records on which a model does not fail, which are found by halves."""
     try:
         return sum_of(some)
-    except Exception as error:
+    except _FAILURES as error:
         if len(some) <= 1:
             failed(error)
             return torch.zeros_like(given.scale)

@@ -9,15 +9,16 @@ Left out: mixing that shows itself for yet other values, and at random less ofte
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from adadpigu_core.datasets import Records
+from adadpigu_core.exceptions import ModelError
 
 _COUNT = 4
-_SIZES = (1.0, 0.01, 3.0, 0.3)  # of records beside each other
+_SIZES = (1.0, 0.1, 3.0, 0.3)  # of records beside each other
 _LENGTHS = (0.5, 0.25, 1.0, 0.125)  # in no order, so that sorting moves them
 _TOKENS = 4  # a vocabulary that every model with one has
 _NOT_TAKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, ArithmeticError, AssertionError)
@@ -56,29 +57,45 @@ def kinds(model: nn.Module, input_shape: tuple[int, ...], num_classes: int) -> I
 
 
 def _takes(model: nn.Module, features: Tensor) -> bool:
-    """Whether a copy of a model gives a number for each record alone: what fails or overflows shows nothing."""
+    """Whether a copy of a model gives numbers for each record: what fails or overflows shows nothing.
+
+    Raises:
+        ModelError: It does for several together, and not for one.
+    """
+    together, alone = _outputs(model, (features,)), _outputs(model, features.split(1))  # type: ignore[no-untyped-call]
+    if together is not None and alone is None:
+        text = f"{type(model).__name__} takes several records and not one; make it treat each record by itself"
+        raise ModelError(text, text)
+    return alone is not None and all(bool(torch.isfinite(output).all()) for output in alone)
+
+
+def _outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor] | None:
+    """Outputs of a copy of a model; None if it does not take the batches."""
     copied, device = copy.deepcopy(model), next(model.parameters()).device
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outputs = [copied(row.to(device)) for row in features.unsqueeze(1)]
+            return [torch.as_tensor(copied(rows.to(device))) for rows in batches]
     except _NOT_TAKEN:
-        return False
-    return all(isinstance(output, Tensor) and bool(torch.isfinite(output).all()) for output in outputs)
+        return None
 
 
-def redrawn(model: nn.Module) -> nn.Module:
-    """Copy a model with other weights and buffers, none of them zero; what is positive throughout stays so."""
-    copied = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for values in (*copied.parameters(), *(b for b in copied.buffers() if b.is_floating_point())):
-            noise = torch.randn(values.shape, generator=generator).to(values.device)
-            if bool((values > 0).all()) or bool((values < 0).all()):
-                values.mul_(torch.exp(noise / 2))
-            elif not values.requires_grad:
-                values.add_(noise.abs() / 2)
-            elif values.dim() > 1:
-                values.copy_(noise * math.sqrt(len(values) / values.numel()))
-            else:
-                values.add_(noise / 2)
-    return copied
+def redrawn(model: nn.Module) -> Iterator[nn.Module]:
+    """Copies of a model with other weights and buffers, none of them zero.
+
+    In the first what is positive or negative throughout stays so. In the others all is drawn anew, with one sign and
+    with the other.
+    """
+    for sign in (0, 1, -1):
+        copied = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for values in (*copied.parameters(), *(b for b in copied.buffers() if b.is_floating_point())):
+                noise = torch.randn(values.shape, generator=generator).to(values.device)
+                size = math.sqrt(len(values) / values.numel()) if values.dim() > 1 and values.numel() else 1.0
+                if sign == 0 and (bool((values > 0).all()) or bool((values < 0).all())):
+                    values.mul_(torch.exp(noise / 2))
+                elif sign == 0 and values.dim() < 2:
+                    values.add_(noise.abs() / 2 if not values.requires_grad else noise / 2)
+                else:
+                    values.copy_((sign or 1) * size * noise)
+        yield copied

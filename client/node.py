@@ -29,7 +29,7 @@ from adadpigu_core.adaptive_clipping import (
 from adadpigu_core.augmentation import Views
 from adadpigu_core.datasets import Records, check_records
 from adadpigu_core.exceptions import AdaDPIGUError, BudgetError, ConfigurationError, MessageError
-from adadpigu_core.gradients import check_model, check_precision, check_rounding, cross_entropy
+from adadpigu_core.gradients import check_model, check_outputs, check_precision, check_rounding, cross_entropy
 from adadpigu_core.grouping import shared
 from adadpigu_core.importance import MEASURES
 from adadpigu_core.ledger import Ledger, Round, RoundCharge, Target
@@ -201,8 +201,7 @@ def _release(
     return reply, _remember(request, work, update)
 
 
-def _report(ledger: Ledger, error: Exception) -> None:
-    """Say here, and nowhere else, that a model does not take a record."""
+def _report(ledger: Ledger, error: BaseException) -> None:
     log.error("%s: no gradient of a record, which counts as zero: %s", ledger.data_set, error, exc_info=error)
 
 
@@ -227,7 +226,6 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     require(measure in ("", *MEASURES), "importance-measure", f"unknown value {measure!r}")
     model, layout = _model(request.model, "", site)
     _check_once(request.model, fingerprint(request.model), site.device)
-    _check_once(request.model, fingerprint(request.model), site.device)
     require(
         len(request.weights) == layout.num_parameters,
         "weights",
@@ -235,6 +233,8 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     )
     assign(model, torch.from_numpy(request.weights.copy()))
     _assign_fixed(model, request.fixed)
+    if request.fixed is not None and len(request.fixed):  # they may open what was shut when the model was looked at
+        check_outputs(model, request.model.feature_shape, request.model.num_classes)
     stored = ledger.memory(request.run) or archive.pack({}, {})
     memory: Memory = archive.unpack(stored)[0]
     mask = _mask(request, memory, layout)

@@ -10,7 +10,7 @@ from adadpigu_core.gradients.clipping import (
     cross_entropy,
 )
 from adadpigu_core.gradients.engine import clipped_sum
-from adadpigu_core.gradients.guards import check_model, check_precision, check_rounding
+from adadpigu_core.gradients.guards import check_model, check_outputs, check_precision, check_rounding
 
 __all__ = [
     "DEFAULTS",
@@ -20,6 +20,7 @@ __all__ = [
     "GradientOptions",
     "Loss",
     "check_model",
+    "check_outputs",
     "check_precision",
     "check_rounding",
     "clipped_sum",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adadpigu_core.adaptive_clipping import Standardisation
+from adadpigu_core.buffers import Buffers
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients import layers as _rules  # noqa: F401  # registers them
@@ -90,12 +91,16 @@ def clipped_sum(
         largest = max((stop - start for start, stop in batches), default=0)
         workspace = Workspace(_memory(found, options, device) // 2 // 4, largest, device)
         task = _Task(model, loss, active, transform, clipping_norm, found, options, augmentation, workspace)
+        buffers = Buffers(model)
         for start, stop in batches:
             features, labels = (
                 values[start:stop].detach().to(device, non_blocking=True)
                 for values in (records.features, records.labels)
             )
-            found_norms, total = _Pass(task).run(features, labels, total)
+            try:
+                found_norms, total = _Pass(task).run(features, labels, total)
+            finally:
+                buffers.restore()
             norms.append(found_norms)
     if total is None:
         total = torch.zeros(layout.num_parameters, dtype=torch.float32, device=device)

@@ -15,6 +15,7 @@ it, which the kernels of a device keep or not; made-up batches of several sizes 
 """
 
 import copy
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +23,22 @@ from torch import Tensor, nn
 from adadpigu_core.adaptive_clipping import Standardisation
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ConfigurationError, MessageError, ModelError
-from adadpigu_core.gradients.clipping import DEFAULTS, GradientOptions, Loss, losses_of
+from adadpigu_core.gradients.clipping import DEFAULTS, ClippedSum, GradientOptions, Loss, losses_of
 from adadpigu_core.gradients.engine import clipped_sum
 from adadpigu_core.models import check_isolation, check_private
 from adadpigu_core.parameters import ParameterLayout
+from adadpigu_core.sampling import seeded
 from adadpigu_core.trials import kinds, made_up, redrawn
 
 _SEEDS = 8  # of a model's random draws
-_SIZES = (1.0, 1e3, 1e-3, 30.0)  # of the losses of records beside each other
+# Of the losses of records beside each other.
+_SIZES = (1.0, 1e3, 1e-3, 30.0)
+_FIRST, _OTHERS = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 30.0, 300.0])
 _PROBES = 3
 _LAST_BITS = 2.0**-22  # relative to a weight: four times its rounding error
 _LARGEST_DISAGREEMENT = 1e-4  # networks in ordinary training are at 1e-6, chaotic ones above 1e-3
 _TOLERANCE = 1e-3
+_FLOAT32 = 1e-5  # of what was added and taken off again
 _NEIGHBOURS = (1, 7, 32)  # kernels change with the size of a batch
 _LARGEST_CHANGE = 1e-4  # of the largest gradient: float32 is at 1e-6, a bit of bfloat16 at 1e-3
 
@@ -91,39 +96,66 @@ def check_model(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_
         ModelError: Records are mixed, gradients differ, or the engine has to refuse the model.
     """
     check_private(model)
-    tried = list(kinds(model, input_shape, num_classes)) or [made_up(input_shape, num_classes)]
+    tried = list(kinds(model, input_shape, num_classes))
+    if not tried:
+        text = f"{type(model).__name__} takes no made-up records; make it give numbers for every record"
+        raise ModelError(text, text)
     check_isolation(model, tried[0].features, seeds=_SEEDS)
-    other = redrawn(model)
-    for weights, several in ((model, tried), (other, kinds(other, input_shape, num_classes))):
-        for records in several:
+    for weights in (model, *redrawn(model)):
+        for records in kinds(weights, input_shape, num_classes):
             check_isolation(weights, records.features)
             _check_gradients(weights, loss, records)
+            _check_training(weights, loss, records)
+
+
+def check_outputs(model: nn.Module, input_shape: tuple[int, ...], num_classes: int) -> None:
+    """Of `check_model` only what needs no gradients, and under the model's present weights and buffers only."""
+    for records in kinds(model, input_shape, num_classes):
+        check_isolation(model, records.features)
 
 
 def _check_gradients(model: nn.Module, loss: Loss, records: Records) -> None:
     """Compare gradients of losses of very unlike size, by which what is done to those of a whole batch shows itself."""
     copied = copy.deepcopy(model).eval()  # without dropout, so that two passes agree
-    identity = Standardisation.identity(ParameterLayout.of(copied).num_parameters)
-    sizes = torch.tensor(_SIZES)
+    alone = [_gradient(copied, _times(loss, size), records.select([i])) for i, size in enumerate(_SIZES)]
+    expected, sizes = torch.stack(alone), torch.tensor(_SIZES)
+    found, norms = _clipped(copied, loss, records, sizes), expected.double().norm(dim=1) / sizes
+    if (
+        not bool(torch.isfinite(expected).all())
+        or (found.total - expected.sum(0)).norm() > _TOLERANCE * expected.norm()
+        or not torch.allclose(found.norms / sizes, norms, rtol=_TOLERANCE, atol=_TOLERANCE * float(norms.norm()))
+    ):
+        _refuse(model)
+
+
+def _check_training(model: nn.Module, loss: Loss, records: Records) -> None:
+    """In training mode the gradients of two records must add up with those of others, however large these are."""
+    copied = copy.deepcopy(model).train()
+    first, others, both = (
+        _clipped(copied, loss, records, sizes).total for sizes in (_FIRST, _OTHERS, _FIRST + _OTHERS)
+    )
+    allowed = _TOLERANCE * first.norm() + _FLOAT32 * others.norm()
+    if not bool((both - first - others).norm() <= allowed):
+        _refuse(model)
+
+
+def _clipped(model: nn.Module, loss: Loss, records: Records, sizes: Tensor) -> ClippedSum:
+    """Sum and norms with losses of some sizes, [n], always with the same random draws."""
 
     def weighted(outputs: Tensor, labels: Tensor) -> Tensor:
         return loss(outputs, labels) * sizes.to(outputs.device)
 
-    alone = [_gradient(copied, _times(loss, size), records.select([i])) for i, size in enumerate(_SIZES)]
-    expected = torch.stack(alone)
-    found = clipped_sum(copied, weighted, records, identity, float("inf"))
-    norms = expected.double().norm(dim=1) / sizes
-    wrong = (
-        not bool(torch.isfinite(expected).all())
-        or (found.total - expected.sum(0)).norm() > _TOLERANCE * expected.norm()
-        or not torch.allclose(found.norms / sizes, norms, rtol=_TOLERANCE, atol=_TOLERANCE * float(norms.norm()))
+    identity = Standardisation.identity(ParameterLayout.of(model).num_parameters)
+    with seeded(0, next(model.parameters()).device):
+        return clipped_sum(model, weighted, records, identity, float("inf"))
+
+
+def _refuse(model: nn.Module) -> NoReturn:
+    text = (
+        f"the gradients of records in {type(model).__name__} do not add up to ordinary ones: leave out layers and "
+        "losses that mix records, and uses of parameters that torch does not show"
     )
-    if wrong:
-        text = (
-            f"the gradients of records in {type(model).__name__} do not add up to ordinary ones: leave out layers "
-            "and losses that mix records, and uses of parameters that torch does not show"
-        )
-        raise ModelError(text, text)
+    raise ModelError(text, text)
 
 
 def _times(loss: Loss, size: float) -> Loss:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from adadpigu_core.buffers import Buffers
 from adadpigu_core.datasets import Records
 from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients.backward import differentiate, has_foreign_functions
@@ -72,7 +73,11 @@ def survey(model: nn.Module, records: Records, augmentation: Augmentation | None
     known = _known.setdefault(model, {})
     if key not in known:
         check_private(model)
-        known[key] = _look(model, layout, shape, augmentation)
+        buffers = Buffers(model)
+        try:
+            known[key] = _look(model, layout, shape, augmentation)
+        finally:
+            buffers.restore()
     return known[key]
 
 
