@@ -62,7 +62,7 @@ def _takes(model: nn.Module, features: Tensor) -> bool:
     Raises:
         ModelError: It does for several together, and not for one.
     """
-    together, alone = _outputs(model, (features,)), _outputs(model, features.split(1))  # type: ignore[no-untyped-call]
+    together, alone = _outputs(model, (features,)), _outputs(model, list(features.unsqueeze(1)))
     if together is not None and alone is None:
         text = f"{type(model).__name__} takes several records and not one; make it treat each record by itself"
         raise ModelError(text, text)

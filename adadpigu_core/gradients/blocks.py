@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from adadpigu_core.gradients.transform import Block
-from adadpigu_core.gradients.uses import UNDERFLOW, Dense, Factors, Product, SquaredNorms, Use
+from adadpigu_core.gradients.uses import UNDERFLOW, Dense, Factors, Product, ShortCut, SquaredNorms, Use
 
 # How many more gradients are made at once on an accelerator, which has no small cache to stay in: 256 MB of them.
 _MORE_ON_ACCELERATORS = 256
@@ -64,7 +64,7 @@ class Finished:
         squared_norms: Of all records.
         kept: g_i - a, [n, P] in the order of the use; None if there was no room, or a short cut.
         use: What to make the sum from, and what knows the order of ``kept``.
-        short: Whether the norms are those of a short cut, to which a sum belongs that is one as well.
+        short: The use again if the norms came by its short cut, to which a sum belongs that is one as well.
         smaller: Whether norms, ``kept`` and ``use`` are those of the block's part.
     """
 
@@ -73,7 +73,7 @@ class Finished:
     squared_norms: SquaredNorms
     kept: Tensor | None
     use: Use
-    short: bool
+    short: ShortCut | None
     smaller: bool
 
     @property
@@ -101,14 +101,14 @@ class Finished:
         self.block.part.add(part, target)
 
     def _add(self, factors: Factors, block: Block, target: Tensor, *, first: bool) -> None:
-        if not self.short:
+        if self.short is None:
             added = self.use.restored(self._weighted_sum(factors, block), tuple(target.shape))
             target.copy_(added) if first else target.add_(added)
             return
         if first:
-            self.use.set_weighted_sum(factors, target)
+            self.short.set_weighted_sum(factors, target)
         else:
-            self.use.add_weighted_sum(factors, target)
+            self.short.add_weighted_sum(factors, target)
         if block.mean is not None:
             target -= factors.values.sum() * block.mean
 
@@ -141,17 +141,18 @@ def finish(start: int, block: Block, uses: Sequence[Use], workspace: Workspace) 
 
 def _measured(
     start: int, block: Block, use: Use, workspace: Workspace
-) -> tuple[SquaredNorms, Tensor | None, Use, bool]:
-    """Norms of a block, what is kept of its gradients, what the sum can be made from, and whether by a short cut."""
-    short = use.squared_norms(block)
-    if short is not None:
-        return short, None, use, True
+) -> tuple[SquaredNorms, Tensor | None, Use, ShortCut | None]:
+    """Norms of a block, what is kept of its gradients, what the sum can be made from, and by which short cut."""
+    if isinstance(use, ShortCut):
+        norms = use.squared_norms(block)
+        if norms is not None:
+            return norms, None, use, use
     count, size = use.num_records, block.inverse_scale.numel()
     kept = workspace.take(start, count, size, always=size <= use.held)
     values = _squared_norms(use, block, kept)
     if kept is not None:
         use.forget()
-    return SquaredNorms(values, size * UNDERFLOW), kept, use, False
+    return SquaredNorms(values, size * UNDERFLOW), kept, use, None
 
 
 def _squared_norms(use: Use, block: Block, kept: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ it, which the kernels of a device keep or not; made-up batches of several sizes 
 """
 
 import copy
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
@@ -101,11 +102,16 @@ def check_model(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_
         text = f"{type(model).__name__} takes no made-up records; make it give numbers for every record"
         raise ModelError(text, text)
     check_isolation(model, tried[0].features, seeds=_SEEDS)
-    for weights in (model, *redrawn(model)):
-        for records in kinds(weights, input_shape, num_classes):
-            check_isolation(weights, records.features)
-            _check_gradients(weights, loss, records)
-            _check_training(weights, loss, records)
+    _try(model, loss, tried)
+    for other in redrawn(model):
+        _try(other, loss, kinds(other, input_shape, num_classes))
+
+
+def _try(model: nn.Module, loss: Loss, several: Iterable[Records]) -> None:
+    for records in several:
+        check_isolation(model, records.features)
+        _check_gradients(model, loss, records)
+        _check_training(model, loss, records)
 
 
 def check_outputs(model: nn.Module, input_shape: tuple[int, ...], num_classes: int) -> None:

@@ -84,18 +84,6 @@ class Use(ABC):
         """Write gradients of some records to ``target``, float32 [stop - start, P], in the use's own order."""
         target.copy_(self.gradients(start, stop))
 
-    def squared_norms(self, block: Block) -> SquaredNorms | None:
-        """A cheaper way to the norms than through ``gradients``, if there is one."""
-        return None
-
-    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
-        """Where there is one, add the sum of c_i g_i to ``total``, float32 [*shape]."""
-        raise NotImplementedError
-
-    def set_weighted_sum(self, factors: Factors, total: Tensor) -> None:
-        """Put that sum into ``total``, float32 [*shape], whatever was there."""
-        self.add_weighted_sum(factors, total.zero_())
-
     def restricted(self, part: Part) -> "Use | None":
         """The same use of some rows and columns of the parameter only, if that is less work."""
         return None
@@ -115,6 +103,22 @@ class Use(ABC):
     def chunk(self, size: int, times: int) -> int:
         """How many gradients of P numbers to make at a time: so many times what stays inside a CPU's cache."""
         return max(1, times * _CACHED_FLOATS // size)
+
+
+class ShortCut(Use):
+    """A use that has, for some blocks, a cheaper way to norms and sum than through ``gradients``."""
+
+    @abstractmethod
+    def squared_norms(self, block: Block) -> SquaredNorms | None:
+        """Norms by the short cut; None if there is none for this block."""
+
+    @abstractmethod
+    def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Add the sum of c_i g_i to ``total``, float32 [*shape]."""
+
+    def set_weighted_sum(self, factors: Factors, total: Tensor) -> None:
+        """Put that sum into ``total``, float32 [*shape], whatever was there."""
+        self.add_weighted_sum(factors, total.zero_())
 
 
 class Dense(Use):
@@ -140,7 +144,7 @@ class Dense(Use):
         self.values = self.values.new_empty(0)
 
 
-class Product(Use):
+class Product(ShortCut):
     """A matrix W [O, I] that is applied to T positions of a record: g = sum_t e_t x_t^T.
 
     For one position and V^2 = w, the squared norm is

@@ -15,12 +15,12 @@ from torch import Tensor
 from adadpigu_core.exceptions import ModelError
 from adadpigu_core.gradients.recorder import DECOMPOSITIONS, Argument, Layer, Recorder, register_rule
 from adadpigu_core.gradients.transform import Block
-from adadpigu_core.gradients.uses import UNDERFLOW, Factors, SquaredNorms, Use
+from adadpigu_core.gradients.uses import UNDERFLOW, Factors, ShortCut, SquaredNorms, Use
 
 _CHUNK_FLOATS = 250_000
 
 
-class Lookup(Use):
+class Lookup(ShortCut):
     """Rows of a table that records look up.
 
     Args:
