@@ -7,6 +7,9 @@ client is simulated here by the project's own private step and the server's own 
 search over rates or masks takes seconds a run instead of a minute. Epsilon is that of each of the N clients: sigma is
 calibrated as theirs is.
 
+Runs with one seed draw the same records, and the same noise wherever both release a coordinate, so that a comparison
+paired by seed shows what a mask is worth and not how the numbers fell.
+
 Left out: whatever makes clients unequal, several steps a round, and scores that clients compute one by one.
 """
 
@@ -30,7 +33,7 @@ from adadpigu_core.kept_features import public_features
 from adadpigu_core.models import build
 from adadpigu_core.parameters import ParameterLayout, assign, flatten
 from adadpigu_core.private_step import Mechanism, private_step
-from adadpigu_core.sampling import SeededRandomness
+from adadpigu_core.sampling import SeededRandomness, Vector
 from client.partitions import Deal, deal
 from server.aggregation import Contribution
 from server.app import model_spec
@@ -45,6 +48,25 @@ from server.state import ServerState
 from simulations.oracle import oracle_scores
 
 _BYTES = 4  # of a coordinate
+
+
+class _NoiseOfAll(SeededRandomness):
+    """One step's randomness whose noise does not depend on the mask, beyond which coordinates get any.
+
+    A step draws a normal for each retained coordinate, in order. Here one is drawn for every coordinate, and those of
+    frozen ones are thrown away.
+    """
+
+    def __init__(self, mask: Tensor, *key: int) -> None:
+        super().__init__(*key)
+        self._mask = mask.numpy()
+        self._left: Vector | None = None
+
+    def normal(self, size: int) -> Vector:
+        """Draw the noise of the next ``size`` retained coordinates."""
+        left = super().normal(len(self._mask))[self._mask] if self._left is None else self._left
+        self._left = left[size:]
+        return left[:size]
 
 
 class _Client(NamedTuple):
@@ -78,7 +100,7 @@ class _Pool:
             len(self.records),
         )
         statistics = FixedStatistics(given.mean, given.scale)
-        randomness = SeededRandomness(self.configuration.seed, number)
+        randomness = _NoiseOfAll(given.mask, self.configuration.seed, number)
         assign(model, state.optimiser.weights)
         training = self.configuration.training
         release, _, _ = private_step(

@@ -14,11 +14,12 @@ from adadpigu_core.configuration import parse
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.models import ModelSpec, build
 from adadpigu_core.parameters import ParameterLayout, flatten
+from adadpigu_core.sampling import SeededRandomness
 from server import outcome
 from server.run_folder import RESULT
 from server.state import ServerState
 from simulations.command_line import app
-from simulations.pooled import _pool, run
+from simulations.pooled import _NoiseOfAll, _pool, run
 from simulations.simulate import prepare, simulate
 
 
@@ -105,6 +106,32 @@ def test_the_noise_is_that_of_all_clients_together(settings):
     sampling = 0.5 / 0.5 * 400**-0.5 / 14**0.5  # at most, of gradients of norm 1
     assert expected * 0.9 < found < 1.1 * (expected**2 + sampling**2) ** 0.5
     assert not expected * 0.9 < found / 2 < 1.1 * (expected**2 + sampling**2) ** 0.5
+
+
+def test_noise_does_not_depend_on_the_mask(settings):
+    configuration = parse({**settings, "privacy.target-epsilon": 0.1})
+    pool = _pool(configuration, datasets.load(configuration.task.dataset))
+    model = build(ModelSpec("linear", "relu", "none", (6,), 2), seed=0)
+    state = ServerState.fresh(configuration, ParameterLayout.of(model))
+    state.optimiser.reset(flatten(model))
+    whole, some = Standardisation.identity(14), torch.arange(14) % 3 > 0
+    masked = Standardisation(some, whole.mean, whole.scale)
+    every = torch.stack([pool.release(state, model, whole, number, "training") for number in range(1, 9)])
+    part = torch.stack([pool.release(state, model, masked, number, "training") for number in range(1, 9)])
+    assert part[:, ~some].eq(0).all()
+    spread = every.std()
+    # what is left over is what clipping to fewer coordinates changes
+    assert (part - every)[:, some].std() < 0.05 * spread
+    assert (part.roll(1, dims=0) - every)[:, some].std() > 0.5 * spread
+
+
+def test_noise_for_retained_coordinates_may_be_asked_for_in_parts():
+    mask = torch.tensor([True, False, True, True, False, True])
+    expected = SeededRandomness(7, 3).normal(6)[mask.numpy()]
+    noise = _NoiseOfAll(mask, 7, 3)
+    assert np.array_equal(np.concatenate([noise.normal(1), noise.normal(0), noise.normal(3)]), expected)
+    seeds = [source.torch_seed() for source in (_NoiseOfAll(mask, 7, 3), SeededRandomness(7, 3))]
+    assert seeds[0] == seeds[1]
 
 
 @pytest.mark.parametrize(
