@@ -9,13 +9,14 @@ What releases cost is in ``privacy_loss``; its names are the ones to import from
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from adadpigu_core.exceptions import BudgetError, ConfigurationError
 from adadpigu_core.noise_schedule import CONSTANT, NoiseSchedule
 from adadpigu_core.privacy_loss import (
+    LEAST_NOISE_MULTIPLIER,
     MOST_COMPOSED,
     PHASES,
     PRETRAINING,
@@ -29,8 +30,6 @@ from adadpigu_core.privacy_loss import (
     work,
 )
 
-# Calibration stops here, and adds more noise than the target needs.
-_SMALLEST_NOISE_MULTIPLIER = 0.2
 _LARGEST_NOISE_MULTIPLIER = 1e5
 # Calibration is content when it leaves no more than this share of the remaining epsilon, or of the noise, on the table.
 _EPSILON_TOLERANCE = 1e-3
@@ -78,14 +77,24 @@ class Plan:
         index = round_number - 1 - self._rounds(PRETRAINING)
         return self._training(self.noise_schedule.factor(index, self._rounds(TRAINING)), 1)
 
+    def round_event(self, round_number: int) -> Event:
+        """All private steps of a round, from 1 over both phases.
+
+        Raises:
+            ConfigurationError: If the plan has no such round.
+        """
+        pretraining = self._rounds(PRETRAINING)
+        rounds = pretraining + self._rounds(TRAINING)
+        if not 1 <= round_number <= rounds:
+            raise ConfigurationError(f"round: the plan of this run has rounds 1 to {rounds}, not {round_number}")
+        phase = PRETRAINING if round_number <= pretraining else TRAINING
+        return replace(self.step_event(phase, round_number), count=self.steps_per_round)
+
     @property
     def rounds(self) -> tuple[Event, ...]:
         """The event of every round, in the order of time."""
-        phases = [PRETRAINING] * self._rounds(PRETRAINING) + [TRAINING] * self._rounds(TRAINING)
-        steps = [self.step_event(phase, number) for number, phase in enumerate(phases, 1)]
-        return tuple(
-            Event(one.phase, one.noise_multiplier, one.sampling_probability, self.steps_per_round) for one in steps
-        )
+        last = self._rounds(PRETRAINING) + self._rounds(TRAINING)
+        return tuple(self.round_event(number) for number in range(1, last + 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in plain values, for JSON."""
@@ -264,7 +273,7 @@ def _calibrate(
 
 def smallest_noise(shape: PlanShape) -> float:
     """The least noise multiplier of the first training round with which no round has less than calibration allows."""
-    return _SMALLEST_NOISE_MULTIPLIER / min(1.0, shape.smallest_factor)
+    return LEAST_NOISE_MULTIPLIER / min(1.0, shape.smallest_factor)
 
 
 def first_guess(
@@ -316,6 +325,7 @@ def search_noise(
 
 
 __all__ = [
+    "LEAST_NOISE_MULTIPLIER",
     "PHASES",
     "PRETRAINING",
     "TRAINING",

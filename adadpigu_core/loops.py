@@ -25,6 +25,7 @@ def _compiled(loop: Loop) -> Loop:
 
 _LN2 = math.log(2.0)
 _SQUARE_ROOT_HALF = np.int64(0x3FE6A09E667F3BCD)  # as bits of a float64
+_SMALL, _MORE = 2.0**-20, 2.0**-76  # as `box_muller` has them
 _TURN = 2.0 * math.pi * 2.0**-52
 
 
@@ -38,7 +39,11 @@ def box_muller(bits: NDArray[np.uint64], values: NDArray[np.float64]) -> None:
     fraction = np.uint64(2**52 - 1)
     for i in range(half):
         # log u: u = m 2^e with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh((m - 1) / (m + 1))
-        u = np.float64(1.0 - np.float64(bits[i] & fraction) * 2.0**-52)
+        coarse = 1.0 - np.float64(bits[i] & fraction) * 2.0**-52
+        more = 0.0
+        if coarse < _SMALL:
+            more = np.float64(bits[i] >> np.uint64(52)) * 4096.0 + np.float64(bits[half + i] >> np.uint64(52))
+        u = np.float64(coarse - more * _MORE)
         as_bits = u.view(np.int64)
         e = (as_bits - _SQUARE_ROOT_HALF) >> np.int64(52)
         m = np.int64(as_bits - (e << np.int64(52))).view(np.float64)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
-from adadpigu_core.accounting import PHASES, Event
+from adadpigu_core.accounting import LEAST_NOISE_MULTIPLIER, PHASES, Event
 from adadpigu_core.adaptive_clipping import AdaptiveClipping
 from adadpigu_core.augmentation import NONE as NO_AUGMENTATION
 from adadpigu_core.exceptions import AdaDPIGUError, MessageError
@@ -37,7 +37,7 @@ MOST_STEPS = 1_000_000
 _MOST_CLASSES = 10_000
 _MOST_RECORDS = 10**12
 # Below the one, noise is no privacy; calibration stays far from the other.
-_LEAST_NOISE_MULTIPLIER, _MOST_NOISE_MULTIPLIER = 0.1, 1e12
+_MOST_NOISE_MULTIPLIER = 1e12
 _MOST_LETTERS, _MOST_TEXT = 100, 300
 _IDENTITY = re.compile(r"[0-9A-Za-z._-]{1,100}")
 
@@ -129,7 +129,7 @@ class Description:
         require(0 < self.target_delta < 1, "target-delta", f"must be in (0, 1), got {self.target_delta}")
         for phase in PHASES:
             noise = getattr(self, f"{phase}_noise_multiplier")
-            enough = _LEAST_NOISE_MULTIPLIER <= noise <= _MOST_NOISE_MULTIPLIER
+            enough = LEAST_NOISE_MULTIPLIER <= noise <= _MOST_NOISE_MULTIPLIER
             require(enough, f"{phase}-noise-multiplier", f"{noise} is no noise that a budget could allow")
 
 

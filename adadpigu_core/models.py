@@ -68,6 +68,9 @@ _CONVOLUTIONAL = {
     "digits-cnn": _Convolutional((8, 8), 128, None, (_Block(8, 3, 1, 1, 4, None), _Block(8, 3, 1, 1, 4, 2))),
 }
 _MLP_HIDDEN = 128
+_ALL_OF = 8  # records of a batch whose isolation is checked one by one
+# What outputs may differ by, as a share of the largest: kernels depend on the size of a batch, and on nothing else.
+_SAME_SIZE, _OTHER_SIZE = 1e-6, 1e-4
 NAMES = (*_CONVOLUTIONAL, "mlp", "linear")
 _DEFAULTS = {
     "digits": "digits-cnn",
@@ -266,6 +269,8 @@ def check_private(model: nn.Module) -> None:
     for path, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             _refuse(f"parameter {path} is {parameter.dtype}: convert the model with model.float()")
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            _refuse(f"parameter {path} has hooks on its gradient, which see the sum over all records: leave them out")
 
 
 def _mixing_fault(module: nn.Module) -> str | None:
@@ -295,7 +300,7 @@ def check_isolation(model: nn.Module, features: Tensor, *, seeds: int = 1) -> No
 
     Args:
         model: Any model whose first output dimension counts the records.
-        features: [n, *input_shape] with n of 2 to 8 or so, one forward pass for each. Made-up values are enough.
+        features: [n, *input_shape], made-up ones; of more than 8 only the first and the last are looked at.
         seeds: How many random draws to look at in training mode, for what is mixed now and then.
 
     Raises:
@@ -306,25 +311,26 @@ def check_isolation(model: nn.Module, features: Tensor, *, seeds: int = 1) -> No
         raise ValueError(f"features has {len(features)} records; two at least are needed")
     copied = copy.deepcopy(model).cpu()
     features = features.cpu()
+    indices = range(len(features)) if len(features) <= _ALL_OF else (0, len(features) - 1)
     copied.train()
     together = _seeded_forward(copied, features)
-    for index in range(len(features)):
+    for index in indices:
         alike = features[index : index + 1].expand_as(features).contiguous()
-        _compare(together[index], _seeded_forward(copied, alike)[index], model, index, "are replaced")
+        _compare(together[index], _seeded_forward(copied, alike)[index], model, index, "are replaced", _SAME_SIZE)
     for seed in range(1, seeds):
         alike = features[:1].expand_as(features).contiguous()
         expected, found = (_seeded_forward(copied, batch, seed) for batch in (features, alike))
-        _compare(expected[0], found[0], model, 0, "are replaced")
-    _compare(together[0], _seeded_forward(copied, features)[0], model, 0, "have been seen before")
+        _compare(expected[0], found[0], model, 0, "are replaced", _SAME_SIZE)
+    _compare(together[0], _seeded_forward(copied, features)[0], model, 0, "have been seen before", _SAME_SIZE)
     copied.eval()
     together = _seeded_forward(copied, features)
-    for index in range(len(features)):
+    for index in indices:
         alone = _seeded_forward(copied, features[index : index + 1])
-        _compare(together[index], alone[0], model, index, "are left out")
+        _compare(together[index], alone[0], model, index, "are left out", _OTHER_SIZE)
 
 
 def _seeded_forward(model: nn.Module, features: Tensor, seed: int = 0) -> Tensor:
-    buffers = Buffers(model)
+    buffers, versions = Buffers(model), [parameter._version for parameter in model.parameters()]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
@@ -332,16 +338,18 @@ def _seeded_forward(model: nn.Module, features: Tensor, seed: int = 0) -> Tensor
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ModelError(f"{type(model).__name__} cannot take features {[*features.shape]}: {error}") from error
     buffers.restore()
+    if versions != [parameter._version for parameter in model.parameters()]:
+        _refuse(f"{type(model).__name__} writes into its parameters when it is called: set them beforehand")
     if not isinstance(output, Tensor) or output.shape[:1] != features.shape[:1]:
         _refuse(f"{type(model).__name__} does not give one output per record")
     return output
 
 
-def _compare(expected: Tensor, found: Tensor, model: nn.Module, index: int, change: str) -> None:
-    """Compare up to float32 rounding, which depends on the batch size, relative to the largest output."""
+def _compare(expected: Tensor, found: Tensor, model: nn.Module, index: int, change: str, allowed: float) -> None:
+    """Compare up to float32 rounding, relative to the largest output."""
     if expected.shape != found.shape:
         _refuse(f"{type(model).__name__} gives outputs of another shape when the other records {change}")
-    tolerance = 1e-4 * float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) + 1e-6
+    tolerance = allowed * (float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) + 1e-2)
     if not torch.allclose(expected, found, rtol=0.0, atol=tolerance, equal_nan=True):
         name = type(model).__name__
         raise ModelError(

@@ -39,9 +39,10 @@ _MOST_BY_POWERS = 32
 
 _WORK_OF_A_KIND = 2e3
 
-# Beyond these the accounting is slow and the privacy void, so that epsilon counts as infinite: at delta 1e-5, a single
-# release at the least noise has epsilon 92 without sampling, and the largest variance of the loss means thousands.
-_LEAST_NOISE_MULTIPLIER = 0.1
+# Beyond these the accounting is slow and the privacy void, so that epsilon counts as infinite. Noise ends where float64
+# does, at 10.3 standard deviations; with less than this the end would be seen more often than once in 10^11 numbers. At
+# delta 1e-5 a single such release has epsilon 19 without sampling; the largest variance of the loss means thousands.
+LEAST_NOISE_MULTIPLIER = 0.3
 _LARGEST_LOSS_VARIANCE = 1e4
 MOST_COMPOSED = 10**6
 
@@ -56,7 +57,7 @@ class Event:
 
     Args:
         phase: ``pretraining`` or ``training``; no meaning for the guarantee.
-        noise_multiplier: Noise standard deviation over clipping norm; less than 0.1 counts as no privacy at all.
+        noise_multiplier: Noise standard deviation over clipping norm; less than 0.3 counts as no privacy at all.
         sampling_probability: In (0, 1].
         count: How many releases of this kind.
     """
@@ -87,7 +88,7 @@ class Event:
         return dp_accounting.SelfComposedDpEvent(sampled, self.count)
 
     def loss_variance(self) -> float:
-        """Roughly the variance of the total privacy loss, for a noise multiplier of at least 0.1.
+        """Roughly the variance of the total privacy loss, for a noise multiplier of at least 0.3.
 
         For nearly Gaussian losses this is the Renyi divergence of order 2, log(1 + q^2 (exp(1 / sigma^2) - 1)). Where
         rare large losses dominate that, twice the Kullback-Leibler divergence, at most q / sigma^2, is the better size.
@@ -196,7 +197,7 @@ def is_void(events: Sequence[Event]) -> bool:
     """Whether a composition protects so little, or is so long, that its epsilon counts as infinite."""
     if sum(event.count for event in events) > MOST_COMPOSED:
         return True
-    if min(event.noise_multiplier for event in events) < _LEAST_NOISE_MULTIPLIER:
+    if min(event.noise_multiplier for event in events) < LEAST_NOISE_MULTIPLIER:
         return True
     return sum(event.loss_variance() for event in events) > _LARGEST_LOSS_VARIANCE
 

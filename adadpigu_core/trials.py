@@ -4,7 +4,7 @@ What a model does to a batch may depend on the values in it: texts that are all 
 are sorted by length, the largest of ten thousand uniform numbers is the same for every image, and a gate whose weight
 is zero hides everything behind it. So there are several kinds of records, and weights drawn anew.
 
-Left out: mixing that shows itself for yet other values, and at random less often than now and then.
+Left out: mixing that shows itself for yet other values, in larger batches, and at random less often than now and then.
 """
 
 import copy
@@ -79,11 +79,16 @@ def _outputs(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor] | None
         return None
 
 
+def larger(records: Records, count: int) -> Records:
+    """Repeat records until there are so many."""
+    return records.select([number % len(records) for number in range(count)])
+
+
 def redrawn(model: nn.Module) -> Iterator[nn.Module]:
     """Copies of a model with other weights and buffers, none of them zero.
 
     In the first what is positive or negative throughout stays so. In the others all is drawn anew, with one sign and
-    with the other.
+    with the other; single numbers, which are gates as a rule, are all positive in one and all negative in the other.
     """
     for sign in (0, 1, -1):
         copied = copy.deepcopy(model)
@@ -97,5 +102,5 @@ def redrawn(model: nn.Module) -> Iterator[nn.Module]:
                 elif sign == 0 and values.dim() < 2:
                     values.add_(noise.abs() / 2 if not values.requires_grad else noise / 2)
                 else:
-                    values.copy_((sign or 1) * size * noise)
+                    values.copy_((sign or 1) * size * (noise.abs() if values.numel() == 1 else noise))
         yield copied

@@ -8,7 +8,7 @@ the sampling probability and the budget are the client's own.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import cast
 
@@ -238,14 +238,10 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
     stored = ledger.memory(request.run) or archive.pack({}, {})
     memory: Memory = archive.unpack(stored)[0]
     mask = _mask(request, memory, layout)
-    most = plan.event(request.phase).count
-    planned = f"the plan of this run has {most} {request.phase} steps, not {request.steps}"
-    require(request.steps <= most, "steps", planned)
-    event = plan.step_event(request.phase, request.round)
-    site.limits.check_round(replace(event, count=request.steps))
     with _named_by_the_server():
+        event = plan.round_event(request.round)
         mechanism = Mechanism(
-            request.phase,
+            event.phase,
             request.clipping_norm,
             event.noise_multiplier,
             event.sampling_probability,
@@ -253,11 +249,15 @@ def _prepare(request: TrainRequest, site: Site, ledger: Ledger) -> _Work:
         )
         views = Views(request.views, request.augmentation)
         views.check(request.model.feature_shape)
+    # the plan's cost is that of its rounds in their order, and not of one that follows from what was released
+    require(request.phase == event.phase, "phase", f"the plan of this run has {event.phase} in round {request.round}")
+    require(request.steps == event.count, "steps", f"a round of this run's plan has {event.count}, not {request.steps}")
+    site.limits.check_round(event)
     statistics = _statistics(request, memory, layout)
     spec = request.model
-    # again: a node may have been started with another precision, or on another device, since it was described
-    check_precision(model, cross_entropy, spec.feature_shape, spec.num_classes, site.options)
-    guard = partial(check_rounding, model, cross_entropy, spec.feature_shape, spec.num_classes)
+    shape = (spec.feature_shape, spec.num_classes)
+    check_precision(model, cross_entropy, *shape, site.options)  # again: this node may have another device now
+    guard = partial(check_rounding, model, cross_entropy, *shape, mechanism.clipping_norm, mechanism.num_records)
     guard(statistics.standardisation(mask))
     records = site.under(spec.features)
     return _Work(model, records, mechanism, mask, statistics, target, stored, views, guard)

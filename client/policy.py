@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adadpigu_core.accounting import Event, Plan
+from adadpigu_core.accounting import LEAST_NOISE_MULTIPLIER, Event, Plan
 from adadpigu_core.exceptions import ConfigurationError, PolicyError
 from adadpigu_core.ledger import Target
 from adadpigu_core.messages import MOST_STEPS
@@ -182,7 +182,11 @@ _BUDGET = {
     "delta": _Rule((float,), lambda delta: 0 < delta < 1, "a number between 0 and 1"),
 }
 _LIMITS = {
-    "smallest-noise-multiplier": _Rule(_NUMBER, lambda noise: 0.1 <= noise <= 1e5, "a number from 0.1 to 1e5"),
+    "smallest-noise-multiplier": _Rule(
+        _NUMBER,
+        lambda noise: LEAST_NOISE_MULTIPLIER <= noise <= 1e5,
+        f"a number from {LEAST_NOISE_MULTIPLIER} to 1e5",
+    ),
     "largest-sampling-probability": _Rule(_NUMBER, lambda chance: 0 < chance <= 1, "a number above 0 and at most 1"),
     "largest-steps-per-round": _Rule(
         (int,), lambda steps: 1 <= steps <= MOST_STEPS, f"a number from 1 to {MOST_STEPS}"

@@ -95,13 +95,14 @@ def automatic(configuration: Configuration, clients: Sequence[Declared], num_par
             )
         )
         noise.append(multiplier * privacy.clipping_norm / (probability * client.num_records))
-    amplified = optimiser.server_learning_rate / (1 - (optimiser.momentum if optimiser.name == "sgd" else 0.0))
-    steps = federation.num_rounds * federation.local_steps
-    walk = math.sqrt(steps) * noise_of_mean(weights, noise)
+    momentum = optimiser.momentum if optimiser.name == "sgd" else 0.0
+    # how far a unit of movement has carried the weights by the end, begun in the last round, the one before, ...
+    carried = [(1 - momentum**rounds) / (1 - momentum) for rounds in range(1, federation.num_rounds + 1)]
+    walk = math.sqrt(federation.local_steps) * math.hypot(*carried) * noise_of_mean(weights, noise)
     in_outputs = 1 / gain if gain > 0 else 0.0
     step = max(_LARGEST_STEP, _LARGEST_OUTPUTS * min(1.0, in_outputs))
-    largest = step / (privacy.clipping_norm * federation.local_steps)
-    if walk == 0:
-        return largest / amplified
-    wanted = max(_LENGTH / math.sqrt(num_parameters), _OUTPUTS * in_outputs)
-    return min(largest, wanted / walk) / amplified
+    largest = step / (privacy.clipping_norm * federation.local_steps * carried[-1])
+    if walk > 0:
+        wanted = max(_LENGTH / math.sqrt(num_parameters), _OUTPUTS * in_outputs)
+        largest = min(largest, wanted / walk)
+    return largest / optimiser.server_learning_rate

@@ -105,12 +105,14 @@ class Finished:
             added = self.use.restored(self._weighted_sum(factors, block), tuple(target.shape))
             target.copy_(added) if first else target.add_(added)
             return
-        if first:
-            self.short.set_weighted_sum(factors, target)
-        else:
-            self.short.add_weighted_sum(factors, target)
-        if block.mean is not None:
-            target -= factors.values.sum() * block.mean
+        if block.mean is None:
+            self.short.add_weighted_sum(factors, target.zero_() if first else target)
+            return
+        # what is left of both may be far smaller than either of them, so that float32 would lose it
+        centred = target.new_zeros(target.shape, dtype=torch.float64)
+        self.short.add_weighted_sum(factors, centred)
+        centred -= factors.values.double().sum() * block.mean
+        target.copy_(centred) if first else target.add_(centred)
 
     def _weighted_sum(self, factors: Factors, block: Block) -> Tensor:
         """Sum of c_i (g_i - a) in the order of the use, [P]."""

@@ -49,6 +49,9 @@ _KERNELS = 1e-6
 # records may take more, for some of them to share that.
 _CPU_MEMORY, _MOST_CPU_MEMORY = 128 * 2**20, 512 * 2**20
 _ENOUGH_RECORDS = 16
+# Kernels for one, two or three rows round differently from those for more, by which weights that leave nothing but last
+# bits would tell how many records were drawn. So smaller batches are filled up, with copies that do not count.
+_FEWEST = 8
 
 
 def clipped_sum(
@@ -88,9 +91,10 @@ def clipped_sum(
     total: Tensor | None = None  # made when there is something to put in, and most else is gone
     norms = [torch.zeros(0, dtype=torch.float64, device=device)]
     with _exact(model, layout, transform) as active:
-        largest = max((stop - start for start, stop in batches), default=0)
+        largest = max((_FEWEST, *(stop - start for start, stop in batches)))
         workspace = Workspace(_memory(found, options, device) // 2 // 4, largest, device)
-        task = _Task(model, loss, active, transform, clipping_norm, found, options, augmentation, workspace)
+        fewest = min(_FEWEST, _most_records(found, options, device))
+        task = _Task(model, loss, active, transform, clipping_norm, found, options, augmentation, workspace, fewest)
         buffers = Buffers(model)
         for start, stop in batches:
             features, labels = (
@@ -119,9 +123,13 @@ def _physical_batches(
     count: int, found: Survey, options: GradientOptions, device: torch.device
 ) -> list[tuple[int, int]]:
     """Divide records into batches of nearly equal size; activations take half of the memory, kept gradients half."""
-    number = math.ceil(count / max(1, _memory(found, options, device) // 2 // found.bytes_per_record))
+    number = math.ceil(count / _most_records(found, options, device))
     bounds = [i * count // number for i in range(number + 1)] if count else []
     return list(pairwise(bounds))
+
+
+def _most_records(found: Survey, options: GradientOptions, device: torch.device) -> int:
+    return max(1, _memory(found, options, device) // 2 // found.bytes_per_record)
 
 
 def _memory(found: Survey, options: GradientOptions, device: torch.device) -> int:
@@ -181,6 +189,7 @@ class _Task:
     options: GradientOptions
     augmentation: Augmentation | None
     workspace: Workspace
+    fewest: int
 
 
 class _Pass:
@@ -192,12 +201,14 @@ class _Pass:
 
     def run(self, features: Tensor, labels: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor]:
         """Give the norms of some records, float64 [n], and ``total`` with the sum of c_i (g_i - a) added."""
-        task = self._task
+        task, count = self._task, len(labels)
+        if count < task.fewest:
+            features = features[torch.arange(task.fewest, device=features.device) % count]
         views = features.unsqueeze(1) if task.augmentation is None else task.augmentation(features)
         found = task.found
         recorder = Recorder(
             task.active,
-            len(labels),
+            len(features),
             views.shape[1],
             self._finish,
             foreign=found.foreign,
@@ -213,20 +224,21 @@ class _Pass:
             for tracked, uses in recorder.rest():
                 self._finish(tracked, uses)
             self._check_strays()
-            norms, factors = self._factors(len(labels))
-            return norms, self._add(factors, total)
+            norms, factors = self._factors(len(features))
+            factors.values[count:] = 0.0
+            return norms[:count], self._add(factors, total)
 
     def _losses(self, views: Tensor, labels: Tensor, recorder: Recorder, copies: Copies) -> Tensor:
-        """Mean loss over the views of each record, [n]."""
-        count, per_record = views.shape[:2]
+        """Mean loss over the views of each record that has a label, [n]."""
+        count, per_record = len(labels), views.shape[1]
         rows = laid_out(views.flatten(0, 1), channels_last=self._task.found.channels_last)
         with copies.in_place(), recorder:
             try:
                 outputs = self._outputs(rows)
             except UnsupportedUseError as error:
-                text = f"parameter {error.parameter} {error.reason}; write the model so that records do not decide that"
+                text = f"{error}; write the model so that records do not decide that"
                 raise ModelError(text, text) from error
-        losses = losses_of(self._task.loss, outputs, labels.repeat_interleave(per_record))
+        losses = losses_of(self._task.loss, outputs[: count * per_record], labels.repeat_interleave(per_record))
         return losses.view(count, per_record).mean(1)
 
     def _outputs(self, rows: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 
 from adadpigu_core.exceptions import ModelError
-from adadpigu_core.gradients.recorder import Recorder, Tracked
+from adadpigu_core.gradients.recorder import Recorder, Tracked, UnsupportedUseError
 from adadpigu_core.gradients.uses import Dense
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, ParametrizationList)
@@ -53,6 +53,7 @@ def row_arguments(model: nn.Module, modules: Iterable[str], batches: Sequence[Te
 
     Raises:
         ModelError: A module is called in another way for another batch.
+        UnsupportedUseError: What a module is called with has its records elsewhere.
     """
     paths = sorted(modules)
     shapes = {path: [_shapes(model, path, batch) for batch in batches] for path in paths}
@@ -78,7 +79,7 @@ def _follows(path: str, shapes: Sequence[Shape], batches: Sequence[Tensor]) -> b
             f"module {_shown(path)} is called with a tensor that follows the size of the batch, but not in its first "
             "dimension; make the records come first"
         )
-        raise ModelError(text, text)
+        raise UnsupportedUseError("", text, path)
     return False
 
 
@@ -154,13 +155,17 @@ class Copies:
     def _call(self, path: str, module: nn.Module, calls: Iterator[Sequence[bool]], *args: Any, **kwargs: Any) -> Any:
         recorder = self._recorder
         copying = module.forward
+        of_rows = next(calls, ())
+        if not any(of_rows):
+            text = f"module {_shown(path)} is not called with the data of records"
+            raise UnsupportedUseError("", text, path)
         self._put_back(path, module)
         recorder.paused = True
         try:
             with warnings.catch_warnings():
                 # where torch has no rule for many records at once it takes one after the other: slow, but right
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                return self._vectorised(module, next(calls, ()), args, kwargs)
+                return self._vectorised(module, of_rows, args, kwargs)
         except (RuntimeError, ValueError) as error:
             text = (
                 f"module {_shown(path)} is a {type(module).__name__}, whose gradients of single "
@@ -184,8 +189,6 @@ class Copies:
         recorder = self._recorder
         names, copies = self._copied(module)
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        if not any(of_rows):
-            raise ValueError("it is not called with the data of records")
         grouped = [
             leaf.unflatten(0, (recorder.num_records, recorder.views)) if is_batched else leaf
             for leaf, is_batched in zip(leaves, of_rows, strict=True)

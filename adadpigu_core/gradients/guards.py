@@ -5,10 +5,10 @@ In exact arithmetic it does not; in float32 its last bits do, since kernels sum 
 a batch. A server that sends chaotic weights, or a mask and a scale that leave nothing but last bits, can blow these
 bits up until other records' contributions move by more than the noise hides.
 
-So before anything is charged, the standardised gradients of made-up records, which are public, are computed twice: with
-the weights as they are, and with weights that differ in their last bits. If the two point in different directions, the
-request is refused. This is a test by samples and not a proof; one record at a time would be one, and cost many times
-the training.
+So before anything is charged, the mean is compared with the clipping norm, and the standardised gradients of made-up
+records are computed twice: with the weights as they are, and with weights that differ in their last bits. If the two
+point in different directions, the request is refused. This is a test by samples and not a proof; one record at a time
+would be one, and cost many times the training.
 
 In bfloat16 a last bit is 65,000 times larger. There a record's gradient has to be the same whatever is computed beside
 it, which the kernels of a device keep or not; made-up batches of several sizes show it beforehand.
@@ -29,14 +29,16 @@ from adadpigu_core.gradients.engine import clipped_sum
 from adadpigu_core.models import check_isolation, check_private
 from adadpigu_core.parameters import ParameterLayout
 from adadpigu_core.sampling import seeded
-from adadpigu_core.trials import kinds, made_up, redrawn
+from adadpigu_core.trials import kinds, larger, made_up, redrawn
 
 _SEEDS = 8  # of a model's random draws
+_BATCHES = (12, 130)  # more than 8, and than 128, from which on a model may do something else
 # Of the losses of records beside each other.
 _SIZES = (1.0, 1e3, 1e-3, 30.0)
 _FIRST, _OTHERS = torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 30.0, 300.0])
 _PROBES = 3
 _LAST_BITS = 2.0**-22  # relative to a weight: four times its rounding error
+_LARGEST_MEANS = 1e5  # clipping norms, over all records; in runs that learn it is some hundreds
 _LARGEST_DISAGREEMENT = 1e-4  # networks in ordinary training are at 1e-6, chaotic ones above 1e-3
 _TOLERANCE = 1e-3
 _FLOAT32 = 1e-5  # of what was added and taken off again
@@ -45,20 +47,40 @@ _LARGEST_CHANGE = 1e-4  # of the largest gradient: float32 is at 1e-6, a bit of 
 
 
 def check_rounding(
-    model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_classes: int, standardisation: Standardisation
+    model: nn.Module,
+    loss: Loss,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    clipping_norm: float,
+    num_records: int,
+    standardisation: Standardisation,
 ) -> None:
-    """Refuse a model, mask and scale under which gradients are made of rounding errors.
+    """Refuse a model, mean, mask and scale under which gradients are made of rounding errors.
 
     Args:
         model: Current weights.
         loss: Losses of records.
         input_shape: Shape of the features of one record.
         num_classes: Labels are 0 ... num_classes - 1.
+        clipping_norm: C.
+        num_records: Of the data set.
         standardisation: Mask, mean and scale, each [d].
 
     Raises:
-        MessageError: If the gradients of most made-up records change with the last bits of the weights.
+        MessageError: If the mean is far longer than C, or if the gradients of most made-up records change with the last
+            bits of the weights.
     """
+    # Records whose gradients are all but the mean are not clipped. The last bits of each change with the size of a
+    # batch, by 3e-8 of the mean, and those of alike records all in one direction: by 0.003 C at most.
+    mean = (standardisation.mean / standardisation.scale)[standardisation.mask]
+    length = float(torch.linalg.vector_norm(mean, dtype=torch.float64)) / clipping_norm
+    most = _LARGEST_MEANS / num_records
+    if not length <= most:
+        text = (
+            f"gradient-mean: over the scale it is {length:.3g} times as long as the clipping norm, and for "
+            f"{num_records} records {most:.3g} is the most; nothing is released. Train without adaptive-clipping.centre"
+        )
+        raise MessageError(text, text)
     if disagreement(model, loss, input_shape, num_classes, standardisation) > _LARGEST_DISAGREEMENT:
         text = "weights: under these weights, mask and scale gradients consist of rounding errors; nothing is released"
         raise MessageError(text, text)
@@ -102,6 +124,8 @@ def check_model(model: nn.Module, loss: Loss, input_shape: tuple[int, ...], num_
         text = f"{type(model).__name__} takes no made-up records; make it give numbers for every record"
         raise ModelError(text, text)
     check_isolation(model, tried[0].features, seeds=_SEEDS)
+    for count in _BATCHES:
+        check_isolation(model, larger(tried[0], count).features)
     _try(model, loss, tried)
     for other in redrawn(model):
         _try(other, loss, kinds(other, input_shape, num_classes))

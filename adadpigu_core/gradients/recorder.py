@@ -26,12 +26,13 @@ from adadpigu_core.gradients.uses import Dense, Use
 
 
 class UnsupportedUseError(Exception):
-    """A parameter is used in a way that has no rule."""
+    """A parameter, or those of a module that is called with copies of them, are used in a way that has no rule."""
 
-    def __init__(self, parameter: str, reason: str) -> None:
-        super().__init__(f"parameter {parameter} {reason}")
+    def __init__(self, parameter: str, reason: str, module: str | None = None) -> None:
+        super().__init__(f"parameter {parameter} {reason}" if module is None else reason)
         self.parameter = parameter
         self.reason = reason
+        self.module = module
 
 
 @dataclass(frozen=True)

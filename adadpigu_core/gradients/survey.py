@@ -90,9 +90,9 @@ def _look(
     modules: frozenset[str] = frozenset()
     channels_last = len(shape) == 3 and any(parameter.dim() == 4 for parameter in model.parameters())
     while True:
-        without_rule = _rows_of(model, modules, made_up, augmentation)
-        trial = _Trial(model, layout, augmentation, without_rule, channels_last)
         try:
+            without_rule = _rows_of(model, modules, made_up, augmentation)
+            trial = _Trial(model, layout, augmentation, without_rule, channels_last)
             trial.run(made_up[0], len(made_up[0]) - 1)
             held = trial.run(made_up[1], 0)
             break
@@ -238,11 +238,10 @@ def _require_isolation(tracked: Tracked, uses: list[Use], index: int) -> None:
 
 def _with(model: nn.Module, without_rule: frozenset[str], error: UnsupportedUseError) -> frozenset[str]:
     """Add the owner of a parameter to the modules without rule, or a larger module if that was not enough."""
-    path = owner(model, error.parameter)
+    path = owner(model, error.parameter) if error.module is None else error.module
     while path in without_rule:
         if not path:
-            text = f"parameter {error.parameter} {error.reason}"
-            raise ModelError(text, text) from error
+            raise ModelError(str(error), str(error)) from error
         path = path.rpartition(".")[0]
     inside = f"{path}." if path else ""
     return frozenset(other for other in without_rule if not other.startswith(inside)) | {path}

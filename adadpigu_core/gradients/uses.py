@@ -20,6 +20,7 @@ UNIT = 2.0**-24  # rounding error of float32
 _CACHED_FLOATS = 250_000  # 1 MB
 _LONGEST_RUN = 120  # torch adds up long rows in shorter runs, and then their sums
 _MOST_CANCELLATION = 5.0  # terms over their sum
+_LARGEST_SHIFT = 120  # of exponents that float32 has
 UNDERFLOW = 2.0**-124  # what squares of numbers too small for float32 lose, each at most
 
 
@@ -114,11 +115,7 @@ class ShortCut(Use):
 
     @abstractmethod
     def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
-        """Add the sum of c_i g_i to ``total``, float32 [*shape]."""
-
-    def set_weighted_sum(self, factors: Factors, total: Tensor) -> None:
-        """Put that sum into ``total``, float32 [*shape], whatever was there."""
-        self.add_weighted_sum(factors, total.zero_())
+        """Add the sum of c_i g_i to ``total``, float32 or float64 [*shape], computed as precisely as that is."""
 
 
 class Dense(Use):
@@ -191,21 +188,15 @@ class Product(ShortCut):
         errors, inputs = self.errors[start:stop].transpose(1, 2), self.inputs[start:stop]
         torch.bmm(errors, inputs, out=target.view(stop - start, errors.shape[1], inputs.shape[2]))
 
-    def set_weighted_sum(self, factors: Factors, total: Tensor) -> None:
-        """Put the sum of c_i g_i into ``total`` as one product."""
-        self._multiply(factors, total, beta=0)
-
     def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
         """Add the sum of c_i g_i as one product."""
-        self._multiply(factors, total, beta=1)
-
-    def _multiply(self, factors: Factors, total: Tensor, *, beta: int) -> None:
-        inputs, errors = self.inputs, self.errors
-        if inputs.shape[2] < errors.shape[2]:
-            inputs, errors = factors.apply(inputs), factors.clean(errors)
-        else:
-            inputs, errors = factors.clean(inputs), factors.apply(errors)
-        total.view(errors.shape[2], -1).addmm_(errors.flatten(0, 1).t(), inputs.flatten(0, 1), beta=beta)
+        inputs, errors = (values.to(total.dtype) for values in (self.inputs, self.errors))
+        # a small factor times small output gradients would leave the normal numbers, among which alone rounding is
+        # relative, although their product with large inputs does not
+        _, exponents = torch.frexp(errors.abs().amax((1, 2), keepdim=True))
+        exponents = exponents.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT)
+        inputs, errors = factors.clean(torch.ldexp(inputs, exponents)), factors.apply(torch.ldexp(errors, -exponents))
+        total.view(errors.shape[2], -1).addmm_(errors.flatten(0, 1).t(), inputs.flatten(0, 1))
 
     def squared_norms(self, block: Block) -> SquaredNorms | None:
         """The short cut for one position; for more, a gradient costs no more than the product it replaces.

@@ -146,8 +146,8 @@ def test_no_events_cost_nothing_and_no_noise_costs_everything():
     assert epsilon([], DELTA) == 0
     assert epsilon([event(1.0, 0.1, 0), event(0.0, 0.1, 0)], DELTA) == 0
     assert epsilon([event(0.0, 0.01), event(5.0, 0.01, 10)], DELTA) == math.inf
-    assert epsilon([event(0.0999, 1.0)], DELTA) == math.inf
-    assert math.isfinite(epsilon([event(0.1, 1.0)], DELTA))
+    assert epsilon([event(0.2999, 1.0)], DELTA) == math.inf
+    assert math.isfinite(epsilon([event(0.3, 1.0)], DELTA))
 
 
 def test_extreme_events_are_accounted_in_bounded_time_and_never_understated(gaussian_epsilon):

@@ -32,7 +32,10 @@ def exact(first, second):
     """The two variates of two words, in 50 digits."""
     with mpmath.workdps(50):
         one = mpmath.mpf(1)
-        radius = mpmath.sqrt(-2 * mpmath.log(1 - one * (first % 2**52) / 2**52))
+        u = 1 - one * (first % 2**52) / 2**52
+        if u < one / 2**20:
+            u -= one * ((first >> 52) * 2**12 + (second >> 52)) / 2**76
+        radius = mpmath.sqrt(-2 * mpmath.log(u))
         angle = 2 * mpmath.pi * (second % 2**52) / 2**52
         return radius * mpmath.cos(angle), radius * mpmath.sin(angle), radius
 
@@ -43,6 +46,9 @@ def exact(first, second):
 @example(1, 1)
 @example(2**52 - 1, 2**52 - 1)
 @example(2**64 - 1, 2**64 - 1)
+@example(2**64 - 2, 2**64 - 1)
+@example(2**64 - 2**32, 2**60)  # where u gets more bits
+@example(2**64 - 2**32 + 1, 2**60)
 @example(2**52 - int(2**51.5), 5)  # where logarithms change from one binade to the next
 @example(2**52 - int(2**51.5) - 1, 2**50 - 1)
 def test_variates_are_those_of_the_formula(first, second):
@@ -62,9 +68,17 @@ def test_every_eighth_of_a_turn_joins_the_next(eighth, offset):
     test_variates_are_those_of_the_formula.hypothesis.inner_test(2**50, (eighth + offset) % 2**52)
 
 
-def test_the_bits_behind_the_point_alone_count(way):
-    low = np.arange(1, 9, dtype=np.uint64) << np.uint64(40)
-    assert np.array_equal(standard_normals(low), standard_normals(low | np.uint64(0xFFF << 52)))
+def test_the_largest_variates_lie_on_many_circles(way):
+    """All but the bits behind the point of a word are for the few that need them."""
+    high = np.arange(4096, dtype=np.uint64) << np.uint64(52)
+    first = np.full(4096, 2**52 - 1, dtype=np.uint64)
+    radius = np.hypot(*standard_normals(np.concatenate([first | high, high[::-1]])).reshape(2, -1))
+    assert len(np.unique(radius)) == 4096
+    assert radius.max() == pytest.approx(math.sqrt(2 * 76 * math.log(2)), abs=0.9)
+    largest = standard_normals(np.array([2**64 - 1, 0xFFF << 52], dtype=np.uint64))
+    assert largest[0] == pytest.approx(math.sqrt(2 * 76 * math.log(2)), rel=1e-12)
+    ordinary = np.full(4096, 12345, dtype=np.uint64)
+    assert len(np.unique(standard_normals(np.concatenate([ordinary | high, high])))) == 2
 
 
 def test_the_bits_are_left_as_they_are(way):

@@ -52,7 +52,7 @@ def test_pretraining_takes_its_share(share):
 def test_noise_is_never_below_the_smallest_in_either_phase():
     for share in (0.05, 0.95):
         plan = calibrate(PlanShape(0.001, 5, 50, share), 1000.0, DELTA)
-        assert min(one.noise_multiplier for one in plan.events) == 0.2
+        assert min(one.noise_multiplier for one in plan.events) == 0.3
         assert epsilon(plan.events, DELTA) <= 1000.0
 
 

@@ -14,6 +14,7 @@ from adadpigu_core.gradients import (
     check_rounding,
     clipped_sum,
     cross_entropy,
+    engine,
 )
 from adadpigu_core.local_training import train_round
 from adadpigu_core.parameters import ParameterLayout, flatten
@@ -34,27 +35,34 @@ def _chaotic(size: float) -> nn.Module:
     return model
 
 
-def test_rounding_in_a_chaotic_model_breaks_the_bound_and_is_refused():
+def test_rounding_in_a_chaotic_model_breaks_the_bound_and_is_refused(monkeypatch):
     """A server that sends huge weights can make other records move when one is added.
 
     Matrix products round differently for one and for two rows, and a deep network with huge weights amplifies the last
     bit of a record's gradient to quite another direction: every contribution is clipped, but that of the *other* record
-    is no longer the same. The sum has been seen to move by 2.3 C; that is why ``check_rounding`` is there.
+    is no longer the same. The sum has been seen to move by 2.3 C; that is why ``check_rounding`` is there, and why
+    small batches are filled up.
     """
     model = _chaotic(20.0)
     standardisation = Standardisation.identity(ParameterLayout.of(model).num_parameters)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(20, 2, 32, generator=generator)
     labels = torch.randint(0, 5, (20, 2), generator=generator)
-    moves = []
-    for x, y in zip(features, labels, strict=True):
-        one, two = (
-            clipped_sum(model, cross_entropy, Records(x[:n], y[:n]), standardisation, 1.0).total for n in (1, 2)
-        )
-        moves.append(float((two - one).norm()))
-    assert max(moves) > 1.1  # without this the guard would have nothing to guard against
+
+    def largest_move():
+        moves = []
+        for x, y in zip(features, labels, strict=True):
+            one, two = (
+                clipped_sum(model, cross_entropy, Records(x[:n], y[:n]), standardisation, 1.0).total for n in (1, 2)
+            )
+            moves.append(float((two - one).norm()))
+        return max(moves)
+
+    assert largest_move() <= 1.0001
+    monkeypatch.setattr(engine, "_FEWEST", 1)
+    assert largest_move() > 1.1  # without this the guard would have nothing to guard against
     with pytest.raises(MessageError, match="rounding"):
-        check_rounding(model, cross_entropy, (32,), 5, standardisation)
+        check_rounding(model, cross_entropy, (32,), 5, 1.0, 100, standardisation)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,14 +76,48 @@ def test_ordinary_models_pass_the_check_of_rounding(make_model, make_records, ki
     half = Standardisation(torch.arange(d) % 2 == 0, torch.zeros(d), torch.ones(d))
     shape = tuple(make_records(kind, 1).features.shape[1:])
     for standardisation in (Standardisation.identity(d), half):
-        check_rounding(model, cross_entropy, shape, 3, standardisation)
+        check_rounding(model, cross_entropy, shape, 3, 1.0, 100, standardisation)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_a_mean_far_longer_than_the_clipping_norm_is_refused(scale):
+    """Records that are all but the mean are not clipped, and each is rounded by a share of it, alike records alike."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.uniform_(0.5, 1.5)  # the label alone decides on a gradient
+    layout = ParameterLayout.of(model)
+    last = torch.arange(layout.num_parameters) >= 64 * 32 + 32
+    count = 300
+    records = Records(torch.rand(count + 1, 64), torch.full((count + 1,), 3))
+    gradient = clipped_sum(model, cross_entropy, records.select([0]), _given(last, scale), float("inf")).total * scale
+
+    def moved(length):
+        given = Standardisation(last, gradient, torch.full_like(gradient, float(gradient.norm()) / (length * scale)))
+        some = records.select(list(range(count)))
+        many, fewer = (clipped_sum(model, cross_entropy, part, given, scale).total for part in (records, some))
+        return float((many - fewer).norm()) / scale, given
+
+    far, too_long = moved(1e5)
+    assert far > 0.5  # without this there would be nothing to refuse
+    with pytest.raises(MessageError, match=r"gradient-mean: .* 1e\+05 times as long .* 300 records 333 is the most"):
+        check_rounding(model, cross_entropy, (64,), 10, scale, count, too_long)
+    near, allowed = moved(300.0)
+    assert near < 0.01
+    check_rounding(model, cross_entropy, (64,), 10, scale, count, allowed)
+    check_rounding(model, cross_entropy, (64,), 10, 1000 * scale, count, too_long)
+
+
+def _given(mask, scale):
+    return Standardisation(mask, torch.zeros(len(mask)), torch.full((len(mask),), scale))
 
 
 def test_the_check_of_rounding_changes_neither_the_model_nor_the_generator(make_model, make_records):
     model = make_model("mlp")
     before, state = flatten(model), torch.random.get_rng_state()
     shape = tuple(make_records("mlp", 1).features.shape[1:])
-    check_rounding(model, cross_entropy, shape, 3, Standardisation.identity(len(before)))
+    check_rounding(model, cross_entropy, shape, 3, 1.0, 100, Standardisation.identity(len(before)))
     assert torch.equal(flatten(model), before)
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -128,7 +170,7 @@ def test_a_step_into_chaos_is_the_last():
             charged.append,
             steps=2,
             learning_rate=learning_rate,
-            guard=partial(check_rounding, model, cross_entropy, (32,), 5),
+            guard=partial(check_rounding, model, cross_entropy, (32,), 5, 1.0, 100),
         )
 
     train(1e-3)

@@ -62,7 +62,7 @@ identities = st.from_regex(r"[0-9A-Za-z._-]{1,30}", fullmatch=True)
 lines = st.from_regex(r"[a-zü 0-9+.]{0,100}", fullmatch=True)
 positive = st.floats(1e-300, 1e300)
 probabilities = st.floats(1e-12, 1)
-noises = st.floats(0.1, 1e12)
+noises = st.floats(0.3, 1e12)
 vectors = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=9).map(
     lambda values: np.array(values, np.float32)
 )

@@ -77,7 +77,7 @@ def test_a_plan_without_pretraining_has_a_schedule_too():
 
 def test_the_noise_is_never_below_the_smallest_in_any_round():
     plan = calibrate(PlanShape(0.001, 5, 50, 0.1, NoiseSchedule("linear", 0.1)), 1000.0, DELTA)
-    assert min(one.noise_multiplier for one in plan.rounds) == pytest.approx(0.2, abs=1e-3)
+    assert min(one.noise_multiplier for one in plan.rounds) == pytest.approx(0.3, abs=1e-3)
 
 
 @pytest.mark.parametrize("steps_per_round", [0, 3, 1.0])

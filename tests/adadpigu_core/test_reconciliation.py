@@ -50,7 +50,7 @@ def test_an_old_copy_may_not_until_it_is_made_up_for(tmp_path, ledger):
 
 
 def test_making_up_knows_no_budget(ledger):
-    make_up(ledger, [Event("training", 0.2, 1.0, 50)])
+    make_up(ledger, [Event("training", 0.3, 1.0, 50)])
     assert ledger.epsilon(1e-5) > TARGET.epsilon
     (history,) = read(ledger.path)
     assert [*history.problems()] == []

@@ -44,8 +44,8 @@ def describe_request(**changes):
         "model": SPEC,
         "layout": LAYOUT.fingerprint,
         "sampling_probability": 0.5,
-        "pretraining_steps": 1,
-        "training_steps": 3,
+        "pretraining_steps": 0,
+        "training_steps": 4,
         "pretraining_share": 0.2,
         "target_epsilon": 8.0,
         "target_delta": 1e-5,
@@ -98,7 +98,7 @@ class Node:
         self.policy = folder / "policy.toml"
         self.budget = {"epsilon": budget[0], "delta": budget[1]}
         self.limits = {
-            "smallest-noise-multiplier": 0.1,
+            "smallest-noise-multiplier": 0.3,
             "largest-sampling-probability": 1.0,
             "largest-steps-per-round": 1000,
         }

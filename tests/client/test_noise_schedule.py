@@ -2,7 +2,7 @@
 
 import pytest
 
-from adadpigu_core.accounting import Event, NoiseSchedule, epsilon
+from adadpigu_core.accounting import NoiseSchedule, epsilon
 from adadpigu_core.messages import Refusal, TrainReply
 
 
@@ -31,23 +31,35 @@ def test_every_round_is_charged_with_its_own_noise(scheduled):
     assert 7.9 < epsilon(reply.spent, 1e-5) <= 8.0
 
 
-def test_a_round_out_of_order_gets_no_less_noise_than_the_last(scheduled):
-    node, _, training = scheduled
-    assert isinstance(node.train(round=900, steps=2), TrainReply)
-    assert noise(node) == pytest.approx([training / 2], abs=2e-4)
-
-
-def test_asking_for_the_quiet_rounds_alone_does_not_exceed_the_budget(scheduled):
-    """The server skips to the last stage and goes on asking: the ledger ends that at the client's target."""
+@pytest.mark.parametrize("number", [6, 900])
+def test_a_round_that_is_not_in_the_plan_is_refused(scheduled, number):
     node, _, _ = scheduled
-    for number in range(5, 200):
-        reply = node.train(round=number, steps=8)
-        if isinstance(reply, Refusal):
-            break
-    assert isinstance(reply, Refusal)
-    assert reply.code == "budget"
-    spent = [Event(*row[4:8]) for row in node.rows("charges")]
-    assert epsilon(spent, 1e-5) <= 8.0
+    assert "round: " in node.train(round=number, steps=2).message
+    assert noise(node) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "phase", "steps", "problem"),
+    [
+        (1, "training", 2, "phase: the plan of this run has pretraining in round 1"),
+        (2, "pretraining", 2, "phase: the plan of this run has training in round 2"),
+        (3, "training", 1, "steps: a round of this run's plan has 2, not 1"),
+        (3, "training", 8, "steps: a round of this run's plan has 2, not 8"),
+    ],
+)
+def test_the_server_cannot_choose_what_a_round_costs(scheduled, number, phase, steps, problem):
+    """A choice that follows from what was released would cost more than the plan, whose order is fixed."""
+    node, _, _ = scheduled
+    measure = "energy" if phase == "pretraining" else ""
+    assert node.train(round=number, phase=phase, steps=steps, importance_measure=measure).message == problem
+    assert noise(node) == []
+
+
+def test_rounds_may_be_left_out_and_cost_nothing_then(scheduled):
+    node, _, training = scheduled
+    assert isinstance(node.train(round=3, steps=2), TrainReply)
+    assert isinstance(node.train(round=5, steps=2), TrainReply)
+    assert noise(node) == pytest.approx([training * 5 / 6, training / 2], abs=2e-4)
 
 
 @pytest.mark.parametrize("changes", [{"noise-schedule.final-ratio": 1e-9}, {"noise-schedule.kind": "none"}])

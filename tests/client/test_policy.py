@@ -104,7 +104,7 @@ class TestFile:
             ("epsilon = 4.0", "epsilon = '4'", "epsilon: must be"),
             ("epsilon = 4.0", "", 'data-sets."patients".epsilon: is missing; nothing is allowed by default'),
             ("delta = 1e-05", "delta = 1", "delta: must be a number between 0 and 1"),
-            ("multiplier = 0.5", "multiplier = 0.0", "smallest-noise-multiplier: must be a number from 0.1"),
+            ("multiplier = 0.5", "multiplier = 0.0", "smallest-noise-multiplier: must be a number from 0.3"),
             ("probability = 0.5", "probability = 1.5", "largest-sampling-probability: must be"),
             ("per-round = 10", "per-round = 0", "largest-steps-per-round: must be a number from 1"),
             ("per-round = 10", "per-round = 2.5", "largest-steps-per-round: must be"),
@@ -210,10 +210,11 @@ class TestNode:
             ("largest-steps-per-round", 1, "at most 1 steps a round, not 2"),
         ],
     )
-    def test_a_policy_that_becomes_stricter_holds_at_once(self, described, key, value, text):
-        described.limits[key] = value
-        assert text in refused(described.train(steps=2))
-        assert described.charged() == ([], [])
+    def test_a_policy_that_becomes_stricter_holds_at_once(self, node, key, value, text):
+        node.describe(steps_per_round=2)
+        node.limits[key] = value
+        assert text in refused(node.train(steps=2))
+        assert node.charged() == ([], [])
 
     def test_code_that_is_not_listed_is_refused(self, described):
         described.allowed["code"] = [CODE]

@@ -23,15 +23,31 @@ def rate(clients=None, parameters=10_000, gain=1e6, **settings):
 
 
 def test_noise_moves_the_weights_by_the_same_length_whatever_the_plan():
-    # 100 steps of noise 2 / 500 on each of 10,000 parameters, ten times as far with momentum 0.9
-    assert rate() == pytest.approx(8 / (math.sqrt(100 * 10_000) * 2 / 500 * 10))
+    # 100 steps of noise 2 / 500 on each of 10,000 parameters, ten times as far with momentum 0.9, but for the last ones
+    assert rate(optimiser__momentum=0.0) == pytest.approx(8 / (math.sqrt(100 * 10_000) * 2 / 500))
     base = rate()
+    assert base == pytest.approx(8 / (math.sqrt(100 * 10_000) * 2 / 500 * 10), rel=0.08)
     assert rate([client(noise=4.0)]) == pytest.approx(base / 2)
     assert rate(parameters=40_000) == pytest.approx(base / 2)
-    assert rate(federation__num_rounds=400) == pytest.approx(base / 2)
-    assert rate(optimiser__momentum=0.8) == pytest.approx(base * 2)
+    assert rate(federation__num_rounds=400) == pytest.approx(base / 2, rel=0.08)
+    assert rate(optimiser__momentum=0.8) == pytest.approx(base * 2, rel=0.08)
     assert rate(optimiser__server_learning_rate=2.0) == pytest.approx(base / 2)
     assert rate(privacy__clipping_norm=0.5) == pytest.approx(base * 2)
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 10, 40])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_noise_has_that_length_in_short_runs_too(rounds, momentum):
+    """By the server's own optimiser, with releases that are noise of the plan and nothing else."""
+    given = rate(federation__num_rounds=rounds, optimiser__momentum=momentum)
+    weights = torch.nn.Parameter(torch.zeros(10_000))
+    optimiser = torch.optim.SGD([weights], lr=1.0, momentum=momentum)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(rounds):
+        weights.grad = given * 2 / 500 * torch.randn(10_000, generator=generator)
+        optimiser.step()
+    bounded = given * (1 - momentum**rounds) / (1 - momentum)
+    assert float(weights.detach().norm()) == pytest.approx(8, rel=0.05) or bounded == pytest.approx(6)
 
 
 def test_where_outputs_hardly_feel_it_noise_may_move_the_weights_further():
@@ -42,10 +58,10 @@ def test_where_outputs_hardly_feel_it_noise_may_move_the_weights_further():
 
 
 def test_where_outputs_hardly_follow_the_weights_a_step_may_be_longer():
-    quiet = [client(noise=0.1, records=10**7)]
-    assert rate(quiet, gain=10.0) == pytest.approx(0.6)
-    assert rate(quiet, gain=2.5) == pytest.approx(0.8)
-    assert rate(quiet, gain=1.0) == rate(quiet, gain=1e-9) == pytest.approx(2.0)
+    quiet = [client(noise=0.3, records=10**8)]
+    assert rate(quiet, gain=10.0) == pytest.approx(0.6, rel=1e-4)
+    assert rate(quiet, gain=2.5) == pytest.approx(0.8, rel=1e-4)
+    assert rate(quiet, gain=1.0) == rate(quiet, gain=1e-9) == pytest.approx(2.0, rel=1e-4)
 
 
 class TestOutputGain:
@@ -77,8 +93,8 @@ def test_more_clients_bring_less_noise_and_a_noisy_one_does_not_spoil_it():
 
 
 def test_without_noise_a_step_is_bounded_by_the_clipping_norm():
-    assert rate([client(noise=0.1, records=10**9)]) == pytest.approx(0.6)
-    assert rate([client(noise=0.1, records=10**9)], federation__local_steps=3) == pytest.approx(0.2)
+    assert rate([client(noise=0.3, records=10**9)]) == pytest.approx(0.6, rel=1e-4)
+    assert rate([client(noise=0.3, records=10**9)], federation__local_steps=3) == pytest.approx(0.2, rel=1e-4)
 
 
 @pytest.mark.parametrize(

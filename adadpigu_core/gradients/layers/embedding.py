@@ -46,7 +46,7 @@ class Lookup(ShortCut):
 
     def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
         """Add the sum of c_i g_i, from the very rows that were measured."""
-        total.index_add_(0, self.tokens.flatten(), factors.apply(self.rows).flatten(0, 1))
+        total.index_add_(0, self.tokens.flatten(), factors.apply(self.rows.to(total.dtype)).flatten(0, 1))
 
     def squared_norms(self, block: Block) -> SquaredNorms:
         """Touch only the rows that occur: the others give the offset."""

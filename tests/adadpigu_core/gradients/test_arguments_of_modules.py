@@ -131,3 +131,36 @@ def test_what_was_found_serves_every_number_of_records(built):
     for number in range(7):
         alone = clipped_sum(model, cross_entropy, together.select([number]), given, math.inf)
         torch.testing.assert_close(alone.norms[0], whole.norms[number], rtol=1e-5, atol=1e-7)
+
+
+class Positions(nn.Module):
+    """Looks up embeddings of positions, which are no data of records."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(9, 4), nn.Embedding(6, 4)
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.tokens(x.long()) + self.positions(torch.arange(x.shape[1]))
+        return self.head(torch.tanh(self.inner(hidden)).mean(1))
+
+
+class Flattened(nn.Module):
+    """Puts records and positions into one dimension for a part, whose first dimension is longer than the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.inner(x.flatten(0, 1)))
+        return self.head(hidden.view(*x.shape[:2], -1).mean(1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_where_a_part_cannot_be_copied_by_record_a_larger_one_is(agree, built, records_of, count):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(9, (count, 5), generator=generator).float()
+    agree(built(Positions), Records(tokens, torch.arange(count) % 3))
+    agree(built(Flattened), records_of((5, 4), count))
