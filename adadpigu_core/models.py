@@ -204,6 +204,11 @@ def build(spec: ModelSpec, *, seed: int) -> nn.Module:
         return _convolutional(plan, spec) if plan else _fully_connected(spec)
 
 
+def normalisation_of(name: str, asked: str) -> str:
+    """What of a wish for normalisation applies to a model: it stands behind convolutions of this package's networks."""
+    return asked if name.endswith("-cnn") else "none"
+
+
 def fingerprint(spec: ModelSpec) -> str:
     """Name a model for a policy: 16 hex digits over the spec and, if it is the user's own, over its installed source.
 

@@ -26,7 +26,7 @@ from adadpigu_core.configuration import (
 from adadpigu_core.exceptions import ConfigurationError
 from adadpigu_core.home import run_folder
 from adadpigu_core.kept_features import public_features
-from adadpigu_core.models import ModelSpec, build, check_private, default_model
+from adadpigu_core.models import ModelSpec, build, check_private, default_model, normalisation_of
 from adadpigu_core.parameters import ParameterLayout, assign, assign_fixed, flatten, flatten_fixed
 from adadpigu_core.provenance import code_fingerprint
 from server.earlier_runs import known_charges
@@ -176,7 +176,7 @@ def model_spec(configuration: Configuration, data: datasets.DataSet) -> ModelSpe
     return ModelSpec(
         name=name,
         activation=task.activation,
-        normalisation=task.normalisation if name.endswith("-cnn") else "none",
+        normalisation=normalisation_of(name, task.normalisation),
         input_shape=data.input_shape,
         num_classes=data.num_classes,
         features=task.features,

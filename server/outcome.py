@@ -11,6 +11,7 @@ from server.evaluation import Evaluate, Evaluation
 from server.optimiser import ServerOptimiser
 
 _LOSS_OF_ACCURACY = 0.1
+_LOW_FOR = 5  # evaluations in a row
 _REMEDY = "lower optimiser.local-learning-rate or raise optimiser.warmup-rounds"
 
 
@@ -41,12 +42,15 @@ def outcome(
 class Watch:
     """Notices while a run goes on that training goes astray, and says so once.
 
+    Accuracy that falls and rises again is common in the first rounds: it must stay low for several evaluations.
+
     Args:
         best: Best accuracy so far.
     """
 
     def __init__(self, best: float = 0.0) -> None:
         self._best = best
+        self._low = 0
         self._said = False
 
     def see(self, metrics: Mapping[str, float]) -> str:
@@ -54,8 +58,10 @@ class Watch:
         if self._said or "accuracy" not in metrics:
             return ""
         found = _collapse(metrics["accuracy"], metrics["loss"], self._best, "now")
-        self._best, self._said = max(self._best, metrics["accuracy"]), bool(found)
-        return found
+        self._best = max(self._best, metrics["accuracy"])
+        self._low = self._low + 1 if found else 0
+        self._said = self._low >= _LOW_FOR or not math.isfinite(metrics["loss"])
+        return found if self._said else ""
 
 
 def best_accuracy(rounds: Iterable[Mapping[str, Any]]) -> float:

@@ -8,13 +8,15 @@
     model.npz        the parameters by name, when the run is over: a later run may start from them
     result.json      the outcome, after that
 
-A simulation adds report.html, for people, and clients.csv if its clients come from a list.
+A simulation adds report.html, for people, clients.csv if its clients come from a list, and .lock, which it holds while
+it goes on: a run is one process's.
 
 Files are replaced in one step, so that a run that is killed leaves whole files. Pieces are named by what is in them:
 those of a new checkpoint lie beside those of the old until ``checkpoint.npz`` names them. Numbers that are not finite,
 which JSON does not know, are written as null: an epsilon of null is infinite.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -31,9 +33,38 @@ from adadpigu_core.exceptions import ConfigurationError, DataError
 
 CONFIGURATION, METRICS, PRIVACY = "config.toml", "metrics.jsonl", "privacy.json"
 CHECKPOINT, MODEL, RESULT = "checkpoint.npz", "model.npz", "result.json"
+LOCK = ".lock"
 LARGEST_PIECE = 12 * 2**20  # bytes: one vector of three million parameters
 Checkpoint = tuple[dict[str, NDArray[np.generic]], dict[str, Any]]
 _PIECES, _PIECE = "pieces", re.compile(r"\.?checkpoint-[0-9a-f]{64}(\.new)?")
+
+
+class Claim:
+    """Makes a run this process's alone, until it is closed or forgotten.
+
+    Raises:
+        ConfigurationError: If the run is another process's, or the folder cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = -1
+        try:
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigurationError(f"runtime.output: {path} is not writable ({error.strerror})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise ConfigurationError(f"runtime.output: another process is working on the run in {path}") from error
+
+    def close(self) -> None:
+        """Let others have it."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    __del__ = close
 
 
 class RunFolder:

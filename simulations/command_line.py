@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
@@ -29,6 +28,7 @@ from simulations import (
     tune_command,
 )
 from simulations.benchmarks.command_line import app as benchmark
+from simulations.console import Console
 from simulations.failure import failed
 
 app = typer.Typer(

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -15,6 +14,7 @@ from rich.table import Table
 from adadpigu_core.accounting import PHASES
 from adadpigu_core.client_list import read_clients
 from adadpigu_core.configuration import Configuration, not_private
+from simulations.console import Console
 
 _SECONDS_BETWEEN_LINES = 2.0
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from adadpigu_core.exceptions import ConfigurationError
+from simulations.console import Console
 from simulations.failure import failed
 from simulations.findings import FAULT, GOOD, NOTE, WARNING, Finding, examine
 

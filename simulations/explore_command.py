@@ -1,13 +1,14 @@
 """The command ``adadpigu explore``: equal clients simulated as one, over rates and seeds, for finding settings."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from adadpigu_core.exceptions import AdaDPIGUError
+from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+from simulations.console import Console
 from simulations.failure import failed
 
 if TYPE_CHECKING:
@@ -58,9 +59,8 @@ def _explore(config: Path | None, overrides: list[str], rates: str, seeds: range
     for warning in dict.fromkeys(not_private(configuration) for _, configuration in tried):
         if warning:
             console.print(f"[red]{warning}[/red]")
-    chosen = [float(rate) for rate in rates.split(",")] if rates else [None]
-    for rate in chosen:
-        found = [_runs(configuration, rate, seeds, name) for name, configuration in tried]
+    for chosen in rates.split(",") if rates else [None]:
+        found = [_runs(_with_rate(configuration, chosen), seeds, name) for name, configuration in tried]
         for (name, _), results in zip(tried, found, strict=True):
             console.print(f"{name}: {_line(results)}" if name else _line(results), highlight=False)
             failed_runs = [result["diverged"] for result in results if result["diverged"]]
@@ -72,12 +72,22 @@ def _explore(config: Path | None, overrides: list[str], rates: str, seeds: range
             console.print(f"difference: {_difference(*found)}", highlight=False)
 
 
-def _runs(configuration: "Configuration", rate: float | None, seeds: range, name: str) -> list[dict[str, Any]]:
+def _with_rate(configuration: "Configuration", rate: str | None) -> "Configuration":
+    if rate is None:
+        return configuration
+    try:
+        value = float(rate)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigurationError(f"--rates: {rate!r} is no rate; give positive numbers, as in 0.1,0.2")
+    return replace(configuration, optimiser=replace(configuration.optimiser, local_learning_rate=value))
+
+
+def _runs(configuration: "Configuration", seeds: range, name: str) -> list[dict[str, Any]]:
     """Give what each seed comes to, and say meanwhile how far it is."""
     from simulations.pooled import run
 
-    if rate is not None:
-        configuration = replace(configuration, optimiser=replace(configuration.optimiser, local_learning_rate=rate))
     results: list[dict[str, Any]] = []
     with Console(stderr=True).status("") as status:
         for seed in seeds:

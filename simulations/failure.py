@@ -1,9 +1,9 @@
 """How the command line says that something went wrong, and the exit status that goes with it."""
 
 import typer
-from rich.console import Console
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+from simulations.console import Console
 
 
 def failed(error: AdaDPIGUError) -> typer.Exit:

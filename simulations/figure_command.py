@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from adadpigu_core.exceptions import AdaDPIGUError
+from simulations.console import Console
 from simulations.failure import failed
 
 

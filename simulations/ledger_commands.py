@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError, LedgerError
+from simulations.console import Console
 from simulations.failure import failed
 
 if TYPE_CHECKING:

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from adadpigu_core.accounting import epsilon
 from adadpigu_core.ledger import Target
 from adadpigu_core.ledger_history import DataSetHistory
+from simulations.console import Console
 
 _DELTA = 1e-5
 
@@ -25,7 +26,7 @@ def report(history: DataSetHistory, budgets: Mapping[str, Target] | None, delta:
     """
     target = (budgets or {}).get(history.name)
     latest = [*history.targets.values()][-1:]
-    at = delta or next((known.delta for known in ([target] if target else latest)), _DELTA)
+    at = delta if delta is not None else next((known.delta for known in ([target] if target else latest)), _DELTA)
     spent = epsilon(history.events, at)
     left = max(target.epsilon - epsilon(history.events, target.delta), 0.0) if target else None
     return {
@@ -83,24 +84,21 @@ def show(console: Console, data: dict[str, Any]) -> None:
     left = f", {data['epsilon_left']:.4f} left" if budget else ""
     line = f"{data['data_set']}: epsilon {data['epsilon']:.4f}{of} at delta {data['delta']:g}{left}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for problem in data["problems"]:
+        console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True, style="yellow")
     if not data["runs"]:
         console.print("  nothing was charged", markup=False)
-        return
-    table = Table("run", "last", "phase", "steps", "noise multiplier", "sampling", "epsilon alone", "with all before")
     for run in data["runs"]:
-        for index, event in enumerate(run["events"]):
-            first = index == 0
-            table.add_row(
-                run["run"] if first else "",
-                run["last"] if first else "",
-                event["phase"],
-                str(event["count"]),
-                f"{event['noise_multiplier']:g}",
-                f"{event['sampling_probability']:g}",
-                f"{run['epsilon_alone']:.4f}" if first else "",
-                f"{run['epsilon_with_all_before']:.4f}" if first else "",
-            )
-    console.print(table, markup=False)
+        line = (
+            f"  run {run['run']}, {run['last']}: epsilon {run['epsilon_alone']:.4f} alone, "
+            f"{run['epsilon_with_all_before']:.4f} with all before"
+        )
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        table = Table("phase", "steps", "noise multiplier", "sampling")
+        for event in run["events"]:
+            noise, sampling = f"{event['noise_multiplier']:g}", f"{event['sampling_probability']:g}"
+            table.add_row(event["phase"], str(event["count"]), noise, sampling)
+        console.print(Padding(table, (0, 0, 0, 2)), markup=False)
 
 
 def _iso(seconds: float) -> str:

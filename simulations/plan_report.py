@@ -4,12 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.accounting import Plan
 from adadpigu_core.planning import ClientPlan, FederationPlan, noise_to_clipping, releases
 from adadpigu_core.weights import marginal_values
+from simulations.console import Console
 from simulations.rounding import up
 
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+from simulations.console import Console
 from simulations.failure import failed
 
 if TYPE_CHECKING:
@@ -102,16 +102,17 @@ def model(
     num_classes: Annotated[int, typer.Option(help="Number of classes.")],
     activation: Annotated[str, typer.Option(help="task.activation of the run.")] = "relu",
     normalisation: Annotated[
-        str | None, typer.Option(help="task.normalisation of the run; where it applies, that is group by default.")
-    ] = None,
+        str, typer.Option(help="task.normalisation of the run; without effect on networks without convolutions.")
+    ] = "group",
+    features: Annotated[str, typer.Option(help="task.features of the run.")] = "raw",
 ) -> None:
     """Print the fingerprint of a model, for a policy's list. Nothing of it is imported."""
-    from adadpigu_core.models import ModelSpec, fingerprint
+    from adadpigu_core.models import ModelSpec, fingerprint, normalisation_of
 
-    normalised = normalisation or ("group" if name.endswith("-cnn") else "none")
     try:
         shape = tuple(int(size) for size in input_shape.split(","))
-        typer.echo(fingerprint(ModelSpec(name, activation, normalised, shape, num_classes)))
+        normalised = normalisation_of(name, normalisation)
+        typer.echo(fingerprint(ModelSpec(name, activation, normalised, shape, num_classes, features)))
     except AdaDPIGUError as error:
         raise failed(error) from error
     except ValueError as error:

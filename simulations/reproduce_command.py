@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+from simulations.console import Console
 from simulations.failure import failed
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,12 +15,13 @@ from adadpigu_core import datasets
 from adadpigu_core.configuration import PUBLIC_DIGITS, Configuration, Value, flatten, parse, settings, to_toml
 from adadpigu_core.data_dir import located
 from adadpigu_core.exceptions import ConfigurationError
+from adadpigu_core.models import build
 from adadpigu_core.settings_file import read_toml
 from client.partitions import Deal, deal, listed_clients
 from server.app import check_oracle, model_spec
 from server.app import run as run_server
 from server.round_report import RoundReport
-from server.run_folder import CHECKPOINT, CONFIGURATION, RESULT, RunFolder
+from server.run_folder import CHECKPOINT, CONFIGURATION, LOCK, RESULT, Claim, RunFolder
 from server.starting_weights import check_start
 from simulations import flower_engine
 from simulations.in_process import InProcessGrid
@@ -78,12 +80,14 @@ class Simulation:
         folder: Where it writes.
         records: Number of records of each client.
         done: Rounds that a resumed run has behind it.
+        claim: Held until the run has ended.
     """
 
     configuration: Configuration
     folder: RunFolder
     records: list[int]
     done: int
+    claim: Claim
 
 
 def prepare(flat: Mapping[str, Value]) -> Simulation:
@@ -94,22 +98,47 @@ def prepare(flat: Mapping[str, Value]) -> Simulation:
         DataError: If the data set cannot be read.
     """
     configuration = resolved(parse(flat))
-    output = configuration.runtime.output or _default_output(configuration)
-    folder = Path(output).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(
-            f"runtime.output: {folder} is not empty; choose another folder, or go on with its run by --resume {folder}"
-        )
-    configuration = replace(configuration, runtime=replace(configuration.runtime, output=str(folder)))
+    if configuration.runtime.output:
+        folder = Path(configuration.runtime.output).expanduser().absolute()
+        _require_empty(folder)
     data = _data_set(configuration)
-    check_start(model_spec(configuration, data), configuration)  # to see whether it fits, before a folder is made
+    spec = model_spec(configuration, data)
+    build(spec, seed=configuration.seed)  # to see whether it can be, and whether weights fit, before a folder is made
+    check_start(spec, configuration)
     records = _shares(configuration, data)
     if configuration.privacy.ledger_dir:
         _claim_ledgers(configuration)
+    if not configuration.runtime.output:
+        folder = _new_folder(configuration)
+    configuration = replace(configuration, runtime=replace(configuration.runtime, output=str(folder)))
     run_folder = RunFolder(folder)
+    claim = Claim(folder)
+    _require_empty(folder)  # again: two that began at once have both seen an empty folder
     configuration = _keep_clients(configuration, run_folder)
     run_folder.write_text(CONFIGURATION, to_toml(configuration))
-    return Simulation(configuration, run_folder, records, done=0)
+    return Simulation(configuration, run_folder, records, 0, claim)
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
+        raise ConfigurationError(
+            f"runtime.output: {folder} is not empty; choose another folder, or go on with its run by --resume {folder}"
+        )
+
+
+def _new_folder(configuration: Configuration) -> Path:
+    """Make a folder that names data and time, and has a number if another run of the same second has that name."""
+    named = Path(_default_output(configuration)).absolute()
+    for number in count(1):
+        folder = named if number == 1 else named.with_name(f"{named.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigurationError(f"runtime.output: {folder} cannot be made ({error.strerror})") from error
+        return folder
+    raise AssertionError
 
 
 def resolved(configuration: Configuration) -> Configuration:
@@ -136,6 +165,7 @@ def resume(path: Path) -> Simulation:
         raise ConfigurationError(f"--resume: {path} holds no run ({CONFIGURATION} is missing)")
     configuration = parse(read_toml(path / CONFIGURATION))
     folder = RunFolder(path)
+    claim = Claim(path)
     # the folder may have been moved since
     clients = str(folder.path / CLIENTS) if configuration.federation.clients else ""
     configuration = replace(
@@ -146,7 +176,7 @@ def resume(path: Path) -> Simulation:
     checkpoint = folder.load_checkpoint()
     done = int(checkpoint[1]["round"]) if checkpoint else 0
     records = _shares(configuration, _data_set(configuration))
-    return Simulation(configuration, folder, records, done)
+    return Simulation(configuration, folder, records, done, claim)
 
 
 def simulate(
@@ -181,6 +211,7 @@ def simulate(
         return _through_flower(simulation, watchers.see, ray_address)
     finally:
         watchers.finish()
+        simulation.claim.close()
 
 
 class _Watchers:

@@ -32,7 +32,7 @@ def summary(table: Table, results: Results, seeds: int, machine: Mapping[str, An
         "table": table.name,
         "title": table.title,
         "quality": table.quality,
-        "command": f"adadpigu reproduce {table.name} --seeds {seeds}{changes}",
+        "command": f"adadpigu reproduce {table.called or table.name} --seeds {seeds}{changes}",
         "seeds": list(range(seeds)),
         "code": sorted({run["code"] for run in runs}),
         "rounds": sorted({run["rounds"] for run in runs}),

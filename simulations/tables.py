@@ -79,6 +79,7 @@ class Table:
         methods: At least one; the first is compared with each of the others.
         quality: One of ``QUALITIES``.
         changes: Settings that differ from those of all files, as the user wants.
+        called: What to ask for it by: its name, or the file of one's own.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Table:
     methods: tuple[Method, ...]
     quality: str = "accuracy"
     changes: Mapping[str, Value] = field(default_factory=dict)
+    called: str = ""
 
 
 def names() -> tuple[str, ...]:
@@ -116,7 +118,7 @@ def load(name: str) -> Table:
     quality = content.get("quality", "accuracy")
     if quality not in QUALITIES:
         raise ConfigurationError(f"{path.name}: quality: {quality!r} is none of {', '.join(QUALITIES)}")
-    return Table(path.stem, content["title"], rows, methods, quality)
+    return Table(path.stem, content["title"], rows, methods, quality, called=name)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
+from simulations.console import Console
 
 if TYPE_CHECKING:
     from simulations.tune import Point, Search

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from simulations.console import Console
 from simulations.rounding import up
 from simulations.selection_cost import RandomTrials
 from simulations.svg_charts import Chart, Line

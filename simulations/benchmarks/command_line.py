@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from adadpigu_core.exceptions import AdaDPIGUError, ConfigurationError
 from simulations.benchmarks.plan import HOW_TO_GET_OPACUS, METHODS, MODELS, OPACUS, Plan, has_opacus
+from simulations.console import Console
 
 app = typer.Typer(no_args_is_help=True, help="Measure time and memory.")
 

@@ -75,6 +75,11 @@ def test_check_notices_an_upgrade(policy, written):
 def test_model_names_a_model(policy):
     expected = fingerprint(ModelSpec("mnist-cnn", "relu", "group", (1, 28, 28), 10))
     assert policy("model", "mnist-cnn", "--input-shape", "1,28,28", "--num-classes", 10) == (0, expected + "\n")
+    seen = ModelSpec("linear", "relu", "none", (1, 28, 28), 10, "scattering")
+    linear = ("model", "linear", "--input-shape", "1,28,28", "--num-classes", 10)
+    assert policy(*linear, "--features", "scattering") == (0, fingerprint(seen) + "\n")
+    assert policy(*linear, "--normalisation", "group") == policy(*linear, "--features", "raw")
+    assert policy(*linear, "--features", "wavelets")[0] == 2
     assert policy("model", "mnist-cnn", "--input-shape", "1x28", "--num-classes", 10)[0] == 2
     assert policy("model", "gpt", "--input-shape", "4", "--num-classes", 10)[0] == 2
 

@@ -156,6 +156,10 @@ def test_the_command(settings, tmp_path):
     assert done.output.count("area under curve") == 2
     refused = CliRunner().invoke(app, ["explore", *arguments, "-c", "federation.local-steps=3"])
     assert refused.exit_code != 0
+    for wrong in ("0.1,x", "-1", "nan", "0", "0.1,,0.2,"):
+        bad = CliRunner().invoke(app, ["explore", *arguments, "--rates", wrong, "--seeds", "1"])
+        assert bad.exit_code == 2, wrong
+        assert "--rates: " in bad.output
     compared = CliRunner().invoke(app, ["explore", *arguments, "--seeds", "2", "--against", "method=dp-fedsgd"])
     assert "method=dp-fedsgd: rate" in compared.output
     first, second, third = (re.search(r"accuracy ([+-]?[\d.]+)", line)[1] for line in compared.output.splitlines())
