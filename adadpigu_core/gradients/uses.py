@@ -20,7 +20,7 @@ UNIT = 2.0**-24  # rounding error of float32
 _CACHED_FLOATS = 250_000  # 1 MB
 _LONGEST_RUN = 120  # torch adds up long rows in shorter runs, and then their sums
 _MOST_CANCELLATION = 5.0  # terms over their sum
-_LARGEST_SHIFT = 120  # of exponents that float32 has
+_LARGEST_SHIFT, _TINY = 120, 2.0**-40  # of the exponents of float32, which end at 127, and its numbers, at 2^-126
 UNDERFLOW = 2.0**-124  # what squares of numbers too small for float32 lose, each at most
 
 
@@ -190,12 +190,11 @@ class Product(ShortCut):
 
     def add_weighted_sum(self, factors: Factors, total: Tensor) -> None:
         """Add the sum of c_i g_i as one product."""
-        inputs, errors = (values.to(total.dtype) for values in (self.inputs, self.errors))
-        # a small factor times small output gradients would leave the normal numbers, among which alone rounding is
-        # relative, although their product with large inputs does not
-        _, exponents = torch.frexp(errors.abs().amax((1, 2), keepdim=True))
-        exponents = exponents.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT)
-        inputs, errors = factors.clean(torch.ldexp(inputs, exponents)), factors.apply(torch.ldexp(errors, -exponents))
+        inputs, errors = _balanced(*(values.to(total.dtype) for values in (self.inputs, self.errors)))
+        if inputs.shape[2] < errors.shape[2]:
+            inputs, errors = factors.apply(inputs), factors.clean(errors)
+        else:
+            inputs, errors = factors.clean(inputs), factors.apply(errors)
         total.view(errors.shape[2], -1).addmm_(errors.flatten(0, 1).t(), inputs.flatten(0, 1))
 
     def squared_norms(self, block: Block) -> SquaredNorms | None:
@@ -230,6 +229,19 @@ class Product(ShortCut):
             gradient = self.gradients(record, record + 1).view_as(block.mean)
             values[record] = ((gradient - block.mean) * block.inverse_scale).square().sum()
             doubt[record] = block.mean.numel() * UNDERFLOW
+
+
+def _balanced(inputs: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift powers of two from inputs to output gradients or back until the largest of each record is about 1.
+
+    A small factor times small numbers would leave the normal ones, among which alone rounding is relative, although
+    their product with large numbers does not. It is left where both are far from that, which a CPU knows.
+    """
+    largest = [torch.maximum(values.amax((1, 2)), -values.amin((1, 2))) for values in (inputs, errors)]
+    if inputs.device.type == "cpu" and all(bool(((size > _TINY) | (size == 0)).all()) for size in largest):
+        return inputs, errors
+    exponents = torch.frexp(largest[1]).exponent.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT).view(-1, 1, 1)
+    return torch.ldexp(inputs, exponents), torch.ldexp(errors, -exponents)
 
 
 def _normalised(values: Tensor) -> tuple[Tensor, Tensor]:
