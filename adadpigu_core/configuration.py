@@ -165,7 +165,9 @@ class OptimiserSettings:
     local_learning_rate: float = _setting(0.0, "rate of a client's private steps; 0: from the plan", least=0)
     server_learning_rate: float = _setting(1.0, "rate at which the mean update is applied", above=0)
     name: str = _setting("sgd", "server optimiser", choices=OPTIMISERS)
-    momentum: float = _setting(0.9, "server momentum (adam: first-moment decay)", least=0, below=1)
+    momentum: float = _setting(
+        -1.0, "server momentum (adam: first-moment decay); -1: from the rounds", least=-1, below=1
+    )
     warmup_rounds: int = _setting(0, "rounds over which the server rate rises to its value", least=0)
     average_decay: float = _setting(
         0.0, "weight of the past in an average of the weights, evaluated as well; 0: none", least=0, below=1

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from adadpigu_core.configuration import Configuration
 from adadpigu_core.parameters import assign, flatten
 from adadpigu_core.weights import noise_of_mean, public_weight
+from server.optimiser import momentum_of
 
 _LENGTH = 8.0
 _OUTPUTS = 1.0
@@ -95,7 +96,7 @@ def automatic(configuration: Configuration, clients: Sequence[Declared], num_par
             )
         )
         noise.append(multiplier * privacy.clipping_norm / (probability * client.num_records))
-    momentum = optimiser.momentum if optimiser.name == "sgd" else 0.0
+    momentum = momentum_of(configuration) if optimiser.name == "sgd" else 0.0
     # how far a unit of movement has carried the weights by the end, begun in the last round, the one before, ...
     carried = [(1 - momentum**rounds) / (1 - momentum) for rounds in range(1, federation.num_rounds + 1)]
     walk = math.sqrt(federation.local_steps) * math.hypot(*carried) * noise_of_mean(weights, noise)

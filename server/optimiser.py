@@ -9,19 +9,26 @@ sent. Until the decay is reached it forgets as a mean over the later half of the
 soon.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adadpigu_core.configuration import OptimiserSettings
+from adadpigu_core.configuration import Configuration, OptimiserSettings
+
+
+def momentum_of(configuration: Configuration) -> float:
+    """Momentum of a run: where none is set, it averages over a tenth of the rounds, over 3 at least and 10 at most."""
+    own = configuration.optimiser.momentum
+    return own if own >= 0 else min(0.9, max(0.7, 1 - 10 / configuration.federation.num_rounds))
 
 
 class ServerOptimiser:
     """Moves the weights by mean updates.
 
     Args:
-        settings: Which optimiser, and its rates.
+        settings: Which optimiser, and its rates; momentum at least 0.
         weights: Weights to start from, float32 [d].
     """
 
@@ -34,6 +41,11 @@ class ServerOptimiser:
             self._optimiser = torch.optim.Adam([self._weights], betas=(settings.momentum, 0.99), eps=1e-4)
         else:
             self._optimiser = torch.optim.SGD([self._weights], momentum=settings.momentum)
+
+    @classmethod
+    def of(cls, configuration: Configuration, weights: Tensor) -> "ServerOptimiser":
+        """The optimiser of a run, with its momentum."""
+        return cls(replace(configuration.optimiser, momentum=momentum_of(configuration)), weights)
 
     @property
     def weights(self) -> Tensor:

@@ -73,7 +73,7 @@ class ServerState:
             run=uuid.uuid4().hex,
             layout=layout,
             round=0,
-            optimiser=ServerOptimiser(configuration.optimiser, torch.zeros(d)),
+            optimiser=ServerOptimiser.of(configuration, torch.zeros(d)),
             importance=Importance(
                 configuration.pretraining.ranking,
                 d,

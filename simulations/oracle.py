@@ -19,6 +19,7 @@ from adadpigu_core.importance import DRIFT, importance_of
 from adadpigu_core.kept_features import public_features
 from adadpigu_core.parameters import assign, flatten
 from client.partitions import Deal, deal
+from server.optimiser import momentum_of
 
 _STEPS = 15
 
@@ -36,8 +37,8 @@ def oracle_scores(configuration: Configuration, model: nn.Module, rate: float) -
     """
     data = datasets.evaluated_on(datasets.load(configuration.task.dataset), configuration.task.evaluate_on)
     records = public_features(configuration.task.features, data.train).select(_held(configuration, data))
-    optimiser, measure = configuration.optimiser, configuration.pretraining.measure
-    rate *= optimiser.server_learning_rate
+    momentum, measure = momentum_of(configuration), configuration.pretraining.measure
+    rate *= configuration.optimiser.server_learning_rate
     start = flatten(model)
     weights, velocity = start.clone(), torch.zeros_like(start)
     scores = torch.zeros(len(start), dtype=torch.float64)
@@ -47,7 +48,7 @@ def oracle_scores(configuration: Configuration, model: nn.Module, rate: float) -
         total = clipped_sum(model, cross_entropy, records, everything, configuration.privacy.clipping_norm).total
         gradient = total / len(records)
         scores += gradient.double() if measure == DRIFT else importance_of(gradient, 0.0, measure).double()
-        velocity = optimiser.momentum * velocity + gradient
+        velocity = momentum * velocity + gradient
         weights = weights - rate * velocity
     assign(model, start)
     return scores.square() if measure == DRIFT else scores

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from adadpigu_core.configuration import OptimiserSettings
-from server.optimiser import ServerOptimiser
+from adadpigu_core.configuration import OptimiserSettings, parse
+from server.optimiser import ServerOptimiser, momentum_of
 
 EVERYTHING = torch.ones(4, dtype=torch.bool)
 
 
 def optimiser(**settings):
-    return ServerOptimiser(OptimiserSettings(**settings), torch.zeros(4))
+    return ServerOptimiser(OptimiserSettings(**{"momentum": 0.9, **settings}), torch.zeros(4))
 
 
 class TestStep:
@@ -127,3 +127,13 @@ class TestRestore:
         for each in (one, other):
             each.step(torch.linspace(-1, 1, 4), EVERYTHING, steps + 1)
         assert torch.equal(one.weights, other.weights)
+
+
+@pytest.mark.parametrize(("rounds", "expected"), [(1, 0.7), (20, 0.7), (50, 0.8), (80, 0.875), (100, 0.9), (600, 0.9)])
+def test_momentum_follows_from_the_rounds_unless_it_is_set(rounds, expected):
+    assert momentum_of(parse({"federation.num-rounds": rounds})) == pytest.approx(expected)
+    assert momentum_of(parse({"federation.num-rounds": rounds, "optimiser.momentum": 0.0})) == 0
+    moved = ServerOptimiser.of(parse({"federation.num-rounds": rounds}), torch.zeros(1))
+    for number in (1, 2):
+        moved.step(torch.ones(1), torch.ones(1, dtype=torch.bool), number)
+    assert moved.weights.item() == pytest.approx(1 + 1 + expected)

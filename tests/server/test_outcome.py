@@ -14,7 +14,7 @@ EVERYTHING = torch.ones(2, dtype=torch.bool)
 
 
 def said(accuracy, loss=1.0, before=(), decay=0.0):
-    optimiser = ServerOptimiser(OptimiserSettings(average_decay=decay), torch.zeros(2))
+    optimiser = ServerOptimiser(OptimiserSettings(momentum=0.9, average_decay=decay), torch.zeros(2))
     lines = [{"round": number, "accuracy": value} for number, value in enumerate(before)]
     return outcome(optimiser, lambda _: Evaluation(accuracy, loss), TEST, [*lines, {"round": 99}])
 
