@@ -7,6 +7,7 @@ from adadpigu_core.configuration import flatten, parse
 from adadpigu_core.settings_file import read_toml
 
 NAMES = {
+    ".lock",
     "config.toml",
     "metrics.jsonl",
     "privacy.json",
