@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -128,17 +127,18 @@ def _require_empty(folder: Path) -> None:
 
 def _new_folder(configuration: Configuration) -> Path:
     """Make a folder that names data and time, and has a number if another run of the same second has that name."""
-    named = Path(_default_output(configuration)).absolute()
-    for number in count(1):
-        folder = named if number == 1 else named.with_name(f"{named.name}-{number}")
+    folder = named = Path(_default_output(configuration)).absolute()
+    number = 1
+    while True:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
+            number += 1
+            folder = named.with_name(f"{named.name}-{number}")
         except OSError as error:
             raise ConfigurationError(f"runtime.output: {folder} cannot be made ({error.strerror})") from error
-        return folder
-    raise AssertionError
+        else:
+            return folder
 
 
 def resolved(configuration: Configuration) -> Configuration:

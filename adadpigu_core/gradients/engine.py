@@ -91,9 +91,9 @@ def clipped_sum(
     total: Tensor | None = None  # made when there is something to put in, and most else is gone
     norms = [torch.zeros(0, dtype=torch.float64, device=device)]
     with _exact(model, layout, transform) as active:
-        largest = max((_FEWEST, *(stop - start for start, stop in batches)))
-        workspace = Workspace(_memory(found, options, device) // 2 // 4, largest, device)
         fewest = min(_FEWEST, _most_records(found, options, device))
+        largest = max((fewest, *(stop - start for start, stop in batches)))
+        workspace = Workspace(_memory(found, options, device) // 2 // 4, largest, device)
         task = _Task(model, loss, active, transform, clipping_norm, found, options, augmentation, workspace, fewest)
         buffers = Buffers(model)
         for start, stop in batches:
